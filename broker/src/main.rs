@@ -1,2 +1,27 @@
-//! stub
-fn main() {}
+//! One process that owns the network connections of all local processes.
+
+mod balance;
+mod buffer;
+mod cli;
+mod closer;
+mod config;
+mod control;
+mod inflight;
+mod mailbox;
+mod outbox;
+mod poller;
+mod pool;
+mod quota;
+mod session;
+mod shard;
+mod snapshot;
+mod stats;
+mod timers;
+mod transport;
+mod upstream;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::run()
+}

@@ -1,1 +1,64 @@
-//! stub
+//! Client library of poolbroker, the process that owns the network connections of a host.
+//!
+//! ```
+//! use std::time::Duration;
+//! use poolbroker_client::Client;
+//! use poolbroker_tests::{Broker, peers::TcpEcho};
+//!
+//! let peer = TcpEcho::start();
+//! let broker = Broker::start(&[format!("echo={}", peer.url())]);
+//!
+//! let client = Client::connect_in(broker.runtime_dir())?;
+//! let echo = client.upstream("echo")?;
+//! let reply = echo.request(b"hello", Duration::from_secs(5))?;
+//! assert_eq!(reply, b"hello");
+//! # Ok::<(), poolbroker_client::Error>(())
+//! ```
+//!
+//! # What the calls promise
+//!
+//! - Every call ends by its deadline or by a documented limit, also when the broker is stopped or
+//!   dead, and none raises SIGPIPE. The wait for another thread that is using the same [`Client`]
+//!   comes on top, and lasts as long as that thread's own call.
+//! - A message that [`Upstream::send`] accepted is in the socket to the broker; it is never dropped
+//!   silently: [`Upstream::flush`] says what became of it, and after a broker that shut down,
+//!   [`Upstream::not_taken`] says how many it never saw.
+//! - Every [`Error`] says whether the operation may safely be repeated ([`Error::retry`]).
+//!
+//! # Modules
+//!
+//! | module | its noun |
+//! |---|---|
+//! | `client` | [`Client`]: a session with a broker |
+//! | `upstream` | [`Upstream`]: what an application does with one upstream |
+//! | `attached` | [`Attached`]: a pipe or socketpair that the broker reads |
+//! | `reply` | [`Reply`] and [`CorrelationId`]: requests in flight |
+//! | `deadline` | [`Deadline`] |
+//! | `error` | [`Error`] |
+//! | `session` | the calls that wait: all sequences of reading, writing and waiting |
+//! | `inbox` | what the frames of the broker mean; pure |
+//! | `stream` | the socket and its two buffers |
+
+#![forbid(unsafe_code)]
+
+mod attached;
+mod client;
+mod deadline;
+mod error;
+#[cfg(test)]
+mod fake_broker;
+mod inbox;
+mod reply;
+mod session;
+mod stream;
+mod upstream;
+
+pub use attached::{Attached, Detached};
+pub use client::Client;
+pub use deadline::Deadline;
+pub use error::Error;
+pub use poolbroker_proto::address::Protocol;
+pub use poolbroker_proto::message::{Failure, Outcomes, Retry};
+pub use poolbroker_proto::reason::Reason;
+pub use reply::{CorrelationId, Reply};
+pub use upstream::Upstream;

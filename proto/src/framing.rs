@@ -315,6 +315,12 @@ impl Cutter {
         }
     }
 
+    /// Forgets what was begun: the next byte starts a message.
+    pub fn reset(&mut self) {
+        self.searched = 0;
+        self.skip = None;
+    }
+
     /// Whether a refused message is still being skipped.
     #[must_use]
     pub fn is_skipping(&self) -> bool {

@@ -86,6 +86,7 @@ reasons! {
     BadReply "bad_reply" "the reply does not follow the upstream's framing";
     Stalled "stalled" "the upstream took no bytes for queue_timeout";
     LateReplyWindow "late_reply_window" "a retired socket was kept until late replies could no longer come";
+    MakeRoom "make_room" "the connection made room for one of the other role";
     // A session ended.
     ClientGone "client_gone" "the client closed its end";
     EndOfInput "end_of_input" "the writer closed the pipe";

@@ -1,0 +1,193 @@
+//! Readiness: one epoll instance, edge-triggered, and what each descriptor in it belongs to.
+//!
+//! Edge-triggered, so that a descriptor is registered once and never changed: whoever gets an
+//! event remembers that the descriptor is readable or writable until the kernel says otherwise.
+//! Every registration has a token with a generation; an event for something that is gone finds
+//! no target and is dropped.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::event::Timespec;
+use rustix::event::epoll::{
+    CreateFlags, Event, EventData, EventFlags, add, create, delete, modify, wait,
+};
+use rustix::io::Errno;
+use slotmap::{Key, KeyData, SlotMap, new_key_type};
+
+new_key_type! {
+    /// One registration.
+    pub struct Token;
+}
+
+/// Events taken per turn.
+const EVENTS_MAX: usize = 256;
+
+/// What an event says about a descriptor.
+#[derive(Debug, Clone, Copy)]
+pub struct Readiness {
+    flags: EventFlags,
+}
+
+impl Readiness {
+    /// There may be something to read, the end included.
+    pub fn is_readable(self) -> bool {
+        let readable = EventFlags::IN | EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR;
+        self.flags.intersects(readable)
+    }
+
+    /// There may be room to write, or a connect was decided.
+    pub fn is_writable(self) -> bool {
+        self.flags
+            .intersects(EventFlags::OUT | EventFlags::HUP | EventFlags::ERR)
+    }
+
+    /// The peer sends nothing more: to be read until the end shows.
+    pub fn is_ending(self) -> bool {
+        self.flags
+            .intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
+    }
+
+    /// Both directions are closed.
+    pub fn is_hung_up(self) -> bool {
+        self.flags.contains(EventFlags::HUP)
+    }
+
+    /// An error waits, or the error queue has something.
+    pub fn is_error(self) -> bool {
+        self.flags.contains(EventFlags::ERR)
+    }
+}
+
+/// An epoll instance and its targets.
+pub struct Poller<T> {
+    epoll: OwnedFd,
+    targets: SlotMap<Token, T>,
+    events: Vec<Event>,
+}
+
+impl<T> std::fmt::Debug for Poller<T> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Poller")
+            .field("watched", &self.targets.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl<T: Copy> Poller<T> {
+    /// An empty one.
+    pub fn new() -> Result<Self, Errno> {
+        let epoll = create(CreateFlags::CLOEXEC)?;
+        let events = Vec::with_capacity(EVENTS_MAX);
+        Ok(Poller {
+            epoll,
+            targets: SlotMap::with_key(),
+            events,
+        })
+    }
+
+    /// Watches a descriptor for reading and writing, by edges.
+    pub fn watch(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
+        self.add(
+            fd,
+            target,
+            EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET,
+        )
+    }
+
+    /// Watches a listener, by level: it stays readable while somebody waits.
+    pub fn watch_listener(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
+        self.add(fd, target, EventFlags::IN)
+    }
+
+    fn add(&mut self, fd: impl AsFd, target: T, flags: EventFlags) -> Result<Token, Errno> {
+        let token = self.targets.insert(target);
+        let data = EventData::new_u64(token.data().as_ffi());
+        match add(&self.epoll, fd, data, flags) {
+            Ok(()) => Ok(token),
+            Err(error) => {
+                self.targets.remove(token);
+                Err(error)
+            }
+        }
+    }
+
+    /// Stops or resumes watching a listener.
+    pub fn set_listening(&self, fd: impl AsFd, token: Token, is_listening: bool) {
+        let flags = if is_listening {
+            EventFlags::IN
+        } else {
+            EventFlags::empty()
+        };
+        let data = EventData::new_u64(token.data().as_ffi());
+        if let Err(error) = modify(&self.epoll, fd, data, flags) {
+            tracing::error!(%error, "a listener could not be paused or resumed");
+        }
+    }
+
+    /// Forgets a descriptor, which must still be open.
+    pub fn unwatch(&mut self, fd: impl AsFd, token: Token) {
+        if self.targets.remove(token).is_some() {
+            // Fails only if the descriptor was never added.
+            let _ = delete(&self.epoll, fd);
+        }
+    }
+
+    /// Waits for events at most that long, for ever without a timeout.
+    pub fn wait(&mut self, timeout: Option<Duration>) -> Result<(), Errno> {
+        let timeout = timeout.map(|timeout| Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: i64::from(timeout.subsec_nanos()),
+        });
+        self.events.clear();
+        let room = rustix::buffer::spare_capacity(&mut self.events);
+        match wait(&self.epoll, room, timeout.as_ref()) {
+            Ok(_) | Err(Errno::INTR) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The events of the last wait, one by one; those without a target are passed over.
+    pub fn pop_event(&mut self) -> Option<(T, Readiness)> {
+        loop {
+            let event = self.events.pop()?;
+            let token = Token::from(KeyData::from_ffi(event.data.u64()));
+            if let Some(target) = self.targets.get(token) {
+                return Some((*target, Readiness { flags: event.flags }));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn an_event_for_something_gone_is_dropped() {
+        let mut poller = Poller::new().unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        let token = poller.watch(&theirs, 7).unwrap();
+        ours.write_all(b"x").unwrap();
+        poller.wait(Some(Duration::from_secs(5))).unwrap();
+        poller.unwatch(&theirs, token);
+        assert!(poller.pop_event().is_none());
+    }
+
+    #[test]
+    fn edges_are_reported_once_and_again_with_new_data() {
+        let mut poller = Poller::new().unwrap();
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        poller.watch(&theirs, 7).unwrap();
+        for _ in 0..2 {
+            ours.write_all(b"x").unwrap();
+            poller.wait(Some(Duration::from_secs(5))).unwrap();
+            let (target, readiness) = poller.pop_event().unwrap();
+            assert!(target == 7 && readiness.is_readable() && readiness.is_writable());
+            poller.wait(Some(Duration::ZERO)).unwrap();
+            assert!(poller.pop_event().is_none());
+        }
+    }
+}

@@ -1,0 +1,1295 @@
+//! The connections of one upstream: which there are, what each does, who waits for one.
+//!
+//! ```text
+//!                    connect                    request, or bytes to send
+//!   (wanted) ---> Connecting ---> Idle <-----------------------------------> InUse
+//!                     |            |     reply complete, or all bytes sent      |
+//!                     |            | idle_timeout, lifetime            timeout, |
+//!                     | failed     | (one_way TCP: Draining first)      broken  |
+//!                     v            v                                            v
+//!                  Closing <----------------- Draining <------------- (UDP: retired behind the
+//!                     |                          late_reply_window     filter, else closed)
+//!                     v
+//!                  (closed)
+//! ```
+//!
+//! A state is a place and [`Pool::move_to`] is the only way between two. Every ending has a
+//! [`Reason`]. A connection returns to `Idle` only from a complete exchange; whatever else
+//! happened to it, it is closed, or kept bound and deaf until a late reply can no longer come.
+//!
+//! The pool is pure: it is told what happened (`handle_*`), asked for things (`request`, `stage`
+//! and `accept`), and says what to do (`poll_action`) and when to call again (`next_deadline`).
+//! It sees counts, lengths and ids, never a byte, a socket or a clock.
+
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+
+use poolbroker_proto::address::Protocol;
+use poolbroker_proto::reason::Reason;
+use slotmap::{SlotMap, new_key_type};
+
+use crate::balance::{Balance, BalanceLimits, Breaker, Pick};
+use crate::config::UpstreamLimits;
+use crate::inflight::{InFlight, Owner, Place, RequestId};
+use crate::outbox::{Leaving, Outbox};
+use crate::session::SourceId;
+use crate::stats::{Ledger, RequestCounts, RequestEnd, Settled, Tally};
+use crate::timers::{Deadlines, Time};
+
+new_key_type! {
+    /// One connection: index and generation.
+    pub struct ConnId;
+}
+
+/// How much a lifetime varies, so that connections opened together do not close together.
+const LIFETIME_JITTER_PERCENT: u32 = 10;
+
+/// What a connection does for its whole life.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Role {
+    /// Requests, whose replies are matched.
+    Exchange,
+    /// Sends; whatever comes back is read, discarded and counted.
+    OneWay,
+}
+
+impl Role {
+    /// As `status` prints it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Role::Exchange => "exchange",
+            Role::OneWay => "one_way",
+        }
+    }
+}
+
+/// Where a connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum State {
+    /// The connect is under way.
+    Connecting,
+    /// Nothing to do since then.
+    Idle {
+        /// Since when.
+        since: Time,
+    },
+    /// It carries a request, or has bytes to send.
+    InUse,
+    /// It takes nothing new: a one-way TCP connection read to its end, or a retired UDP socket.
+    Draining {
+        /// When it is closed in any case.
+        until: Time,
+        /// Why it drains.
+        reason: Reason,
+    },
+    /// The shard was told to close it.
+    Closing {
+        /// Why.
+        reason: Reason,
+    },
+}
+
+impl State {
+    /// As `status` prints it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            State::Connecting => "connecting",
+            State::Idle { .. } => "idle",
+            State::InUse => "in_use",
+            State::Draining { .. } => "draining",
+            State::Closing { .. } => "closing",
+        }
+    }
+}
+
+/// The pool's record of a connection.
+#[derive(Debug)]
+pub struct Conn {
+    /// What it does.
+    pub role: Role,
+    /// Where it goes.
+    pub remote: SocketAddr,
+    /// Where it is.
+    pub state: State,
+    /// When its connect began.
+    pub opened_at: Time,
+    /// Requests or runs it has carried.
+    pub uses: u64,
+    /// Messages sent.
+    pub messages_out: u64,
+    /// Bytes sent, with framing.
+    pub bytes_out: u64,
+    /// Replies delivered.
+    pub messages_in: u64,
+    /// Bytes received, with framing.
+    pub bytes_in: u64,
+    /// Replies that nobody had asked for.
+    pub replies_discarded: u64,
+    expires_at: Option<Time>,
+    scheduled_at: Option<Time>,
+}
+
+/// What the shard is to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Open a connection.
+    Connect {
+        /// Its id from now on.
+        conn: ConnId,
+        /// What it will do.
+        role: Role,
+        /// Where to.
+        remote: SocketAddr,
+    },
+    /// Write a waiting request to a connection.
+    Dispatch {
+        /// Where to.
+        conn: ConnId,
+        /// Which.
+        request: RequestId,
+    },
+    /// Tell the owner that its request ended without a reply, and forget its body.
+    Fail {
+        /// Which.
+        request: RequestId,
+        /// Whose.
+        owner: Owner,
+        /// How; never `Replied`.
+        end: RequestEnd,
+        /// Whether a byte of it can have left.
+        was_sent: bool,
+    },
+    /// Stop sending, read to the end, then report the connection lost.
+    Drain {
+        /// Which.
+        conn: ConnId,
+    },
+    /// Attach the drop filter; keep the socket bound.
+    Retire {
+        /// Which.
+        conn: ConnId,
+    },
+    /// Close, then call [`Pool::handle_closed`].
+    Close {
+        /// Which.
+        conn: ConnId,
+        /// Why.
+        reason: Reason,
+    },
+    /// Remove bytes from the send buffer: their messages were given up.
+    Discard {
+        /// Where they begin.
+        skip: usize,
+        /// How many they are.
+        bytes: usize,
+    },
+    /// Tell a source how some of its accepted messages ended.
+    Settle {
+        /// Whose.
+        source: SourceId,
+        /// How.
+        settled: Settled,
+        /// How many.
+        messages: u64,
+    },
+}
+
+/// What becomes of a request at first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Acquire {
+    /// Write it to this connection.
+    Granted {
+        /// Its id.
+        request: RequestId,
+        /// Where to.
+        conn: ConnId,
+    },
+    /// Keep its body: it waits.
+    Queued {
+        /// Its id.
+        request: RequestId,
+    },
+    /// It ended; it was never sent.
+    Refused(Reason),
+}
+
+/// What followed the reply in the same bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// Nothing: the exchange is complete.
+    Nothing,
+    /// More bytes, which nobody asked for.
+    Surplus,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Conn(ConnId),
+    Request(RequestId),
+    Outbox,
+    Retry,
+}
+
+/// How many connections are where; kept by [`Pool::move_to`].
+#[derive(Debug, Default, Clone, Copy)]
+struct Places {
+    connecting: usize,
+    connecting_exchange: usize,
+    exchange: usize,
+    open: usize,
+    retired: usize,
+}
+
+/// What a pool must know of its upstream.
+#[derive(Debug, Clone)]
+pub struct PoolSettings {
+    /// The protocol type.
+    pub protocol: Protocol,
+    /// The limits.
+    pub limits: UpstreamLimits,
+    /// Why requests are refused, if they are.
+    pub requests_refused: Option<Reason>,
+    /// Seed of the jitter.
+    pub seed: u64,
+}
+
+/// The connections of one upstream. See the module's text.
+#[derive(Debug)]
+pub struct Pool {
+    settings: PoolSettings,
+    conns: SlotMap<ConnId, Conn>,
+    places: Places,
+    /// Exchange connections in `Idle`; the last used is at the end and is used first.
+    idle: Vec<ConnId>,
+    waiters: VecDeque<RequestId>,
+    in_flight: InFlight,
+    outbox: Outbox,
+    outbox_scheduled_at: Option<Time>,
+    one_way: Option<ConnId>,
+    balance: Balance,
+    retry_scheduled_at: Option<Time>,
+    deadlines: Deadlines<Timer>,
+    actions: VecDeque<Action>,
+    leaving: Vec<Leaving>,
+    closing_down: bool,
+    /// The one-way messages.
+    pub ledger: Ledger,
+    /// The requests.
+    pub counts: RequestCounts,
+    /// Connections opened so far.
+    pub opened: u64,
+    /// Connections closed so far.
+    pub closed: Tally,
+    /// Replies discarded on connections that are closed now.
+    replies_discarded_before: u64,
+}
+
+impl Pool {
+    /// A pool without connections or addresses.
+    pub fn new(settings: PoolSettings) -> Self {
+        let limits = &settings.limits;
+        let balance_limits = BalanceLimits {
+            breaker_failures: limits.breaker_failures,
+            backoff_base: limits.backoff_base,
+            backoff_max: limits.backoff_max,
+        };
+        // The kernel doubles SO_SNDBUF and holds no more unacknowledged bytes than that.
+        let window_bytes_max = match settings.protocol {
+            Protocol::Tcp => limits.send_buffer_bytes.saturating_mul(4),
+            Protocol::Udp | Protocol::UdpWriteOnly => 0,
+        };
+        Pool {
+            conns: SlotMap::with_key(),
+            places: Places::default(),
+            idle: Vec::new(),
+            waiters: VecDeque::new(),
+            in_flight: InFlight::default(),
+            outbox: Outbox::new(window_bytes_max),
+            outbox_scheduled_at: None,
+            one_way: None,
+            balance: Balance::new(balance_limits, settings.seed),
+            retry_scheduled_at: None,
+            deadlines: Deadlines::new(),
+            actions: VecDeque::new(),
+            leaving: Vec::new(),
+            closing_down: false,
+            ledger: Ledger::default(),
+            counts: RequestCounts::default(),
+            opened: 0,
+            closed: Tally::default(),
+            replies_discarded_before: 0,
+            settings,
+        }
+    }
+
+    // What there is.
+
+    /// The connections.
+    pub fn conns(&self) -> impl Iterator<Item = (ConnId, &Conn)> {
+        self.conns.iter()
+    }
+
+    /// The record of a connection, to add to its counts.
+    pub fn conn_mut(&mut self, conn: ConnId) -> Option<&mut Conn> {
+        self.conns.get_mut(conn)
+    }
+
+    /// The record of a connection.
+    pub fn conn(&self, conn: ConnId) -> Option<&Conn> {
+        self.conns.get(conn)
+    }
+
+    /// The addresses connections go to.
+    pub fn addresses(&self) -> &[SocketAddr] {
+        self.balance.addresses()
+    }
+
+    /// Where the breaker stands: closed while any connection is up.
+    pub fn breaker(&self) -> Breaker {
+        if self.places.open > self.places.connecting {
+            return Breaker::Closed;
+        }
+        self.balance.breaker()
+    }
+
+    /// The reason of the last failure since the last success.
+    pub fn last_failure(&self) -> Option<Reason> {
+        self.balance.last_failure()
+    }
+
+    /// Replies discarded so far.
+    pub fn replies_discarded(&self) -> u64 {
+        let now = self
+            .conns
+            .values()
+            .map(|conn| conn.replies_discarded)
+            .sum::<u64>();
+        self.replies_discarded_before + now
+    }
+
+    /// One-way messages without an outcome.
+    pub fn queued(&self) -> u64 {
+        self.outbox.queued()
+    }
+
+    /// Requests that have not ended.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Requests that wait for a connection.
+    pub fn waiters(&self) -> usize {
+        self.waiters.len()
+    }
+
+    /// Since when the first waiter waits.
+    pub fn oldest_waiter(&self) -> Option<Time> {
+        self.waiters
+            .front()
+            .and_then(|request| self.in_flight.get(*request))
+            .map(|r| r.asked_at)
+    }
+
+    /// The request on a connection.
+    pub fn request_on(&self, conn: ConnId) -> Option<RequestId> {
+        self.in_flight.on(conn)
+    }
+
+    /// Who holds a connection: the owner of its request.
+    pub fn holder(&self, conn: ConnId) -> Option<Owner> {
+        self.in_flight
+            .get(self.in_flight.on(conn)?)
+            .map(|request| request.owner)
+    }
+
+    /// The queue of one-way messages.
+    pub fn outbox(&self) -> &Outbox {
+        &self.outbox
+    }
+
+    /// The one-way connection, if it is up and has something to send.
+    pub fn sending_conn(&self) -> Option<ConnId> {
+        let conn = self.one_way?;
+        matches!(self.conns.get(conn)?.state, State::InUse).then_some(conn)
+    }
+
+    /// Whether nothing is queued and nothing in flight.
+    pub fn is_settled(&self) -> bool {
+        self.outbox.is_empty() && self.in_flight.len() == 0
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<Action> {
+        self.actions.pop_front()
+    }
+
+    /// When to call [`Pool::handle_timeout`].
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.deadlines.next_deadline()
+    }
+
+    // Commands.
+
+    /// Counts a request that is refused before it needs a connection.
+    pub fn refuse_request(&mut self, reason: Reason) {
+        self.counts.requests += 1;
+        self.counts.end(RequestEnd::Refused(reason));
+    }
+
+    /// Asks for the exclusive use of a connection for one exchange.
+    pub fn request(&mut self, now: Time, owner: Owner, caller_deadline: Option<Time>) -> Acquire {
+        self.counts.requests += 1;
+        if let Some(reason) = self.settings.requests_refused {
+            return self.refuse(reason);
+        }
+        let wait = now + self.settings.limits.wait_timeout;
+        let deadline = earliest(wait, caller_deadline);
+        if let Some(conn) = self.idle.pop() {
+            let request = self.in_flight.insert(owner, now, caller_deadline, deadline);
+            self.grant(now, request, conn);
+            return Acquire::Granted { request, conn };
+        }
+        if self.places.exchange == self.places.connecting_exchange
+            && let Some(reason) = self.balance.fail_fast(now)
+        {
+            return self.refuse(reason);
+        }
+        if self.waiters.len() >= self.settings.limits.waiters_max {
+            return self.refuse(Reason::WaitersFull);
+        }
+        let request = self.in_flight.insert(owner, now, caller_deadline, deadline);
+        self.deadlines.insert(deadline, Timer::Request(request));
+        self.waiters.push_back(request);
+        self.want_connections(now);
+        Acquire::Queued { request }
+    }
+
+    /// The owner of a request went away: its reply, if one comes, belongs to nobody.
+    pub fn cancel(&mut self, now: Time, request: RequestId) {
+        self.end_request(now, request, RequestEnd::Failed(Reason::ClientGone));
+    }
+
+    /// Whether one more one-way message of `bytes` fits. An empty queue takes any message.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.outbox.unsent_bytes() == 0
+            || self.outbox.unsent_bytes() + bytes <= self.settings.limits.queue_bytes_max
+    }
+
+    /// Whether enough was sent that blocked sources should be read again.
+    pub fn has_room_again(&self) -> bool {
+        self.outbox.unsent_bytes() <= self.settings.limits.queue_bytes_max / 2
+    }
+
+    /// Adds one one-way message, with framing, to the run that [`Pool::accept`] ends.
+    pub fn stage(&mut self, bytes: usize) {
+        self.outbox.stage(bytes);
+    }
+
+    /// Accepts the staged messages of `source`; how many they are.
+    pub fn accept(&mut self, now: Time, source: SourceId) -> u64 {
+        let was_empty = self.outbox.is_empty();
+        let messages = self.outbox.accept(now, source);
+        self.ledger.accepted += messages;
+        if was_empty && messages > 0 {
+            self.schedule_outbox();
+            match self.one_way {
+                Some(conn) => self.use_one_way(conn),
+                None => self.want_connections(now),
+            }
+        }
+        messages
+    }
+
+    /// Accepts and drops `messages` that found the queue full.
+    pub fn drop_newest(&mut self, messages: u64) {
+        self.ledger.accepted += messages;
+        self.ledger
+            .settle(Settled::Dropped(Reason::QueueFull), messages);
+    }
+
+    /// Drops the message that waited longest and is not partly written, if there is one: where
+    /// its bytes begin in the send buffer, and how many they are.
+    pub fn drop_oldest(&mut self) -> Option<(usize, usize)> {
+        let (skip, bytes) = self.outbox.give_up(1, &mut self.leaving);
+        self.settle(Settled::Dropped(Reason::QueueFull));
+        (bytes > 0).then_some((skip, bytes))
+    }
+
+    /// Opens nothing new for its own sake any more, and closes what is idle.
+    pub fn close_down(&mut self, now: Time) {
+        self.closing_down = true;
+        for conn in std::mem::take(&mut self.idle) {
+            self.close(conn, Reason::Drained);
+        }
+        if let Some(conn) = self.one_way
+            && self.outbox.is_empty()
+        {
+            self.finish_one_way(now, conn, Reason::Drained);
+        }
+    }
+
+    /// Gives up everything that is queued or in flight. A message that is partly written goes
+    /// only after its connection was closed: call again until [`Pool::is_settled`].
+    pub fn abandon(&mut self, now: Time, reason: Reason) {
+        if self.outbox.is_front_torn()
+            && let Some(conn) = self.one_way
+        {
+            self.close(conn, reason);
+        }
+        self.give_up(u64::MAX, Settled::Dropped(reason));
+        for request in self.in_flight.ids() {
+            self.end_request(now, request, RequestEnd::Failed(reason));
+        }
+    }
+
+    // Events.
+
+    /// The upstream's name was resolved, or not (no addresses).
+    pub fn handle_resolved(&mut self, now: Time, addresses: Vec<SocketAddr>) {
+        self.balance.handle_resolved(addresses);
+        if self.balance.fail_fast(now).is_some() {
+            self.fail_waiters(now);
+        }
+        self.want_connections(now);
+    }
+
+    /// A connection is up.
+    pub fn handle_connected(&mut self, now: Time, conn: ConnId) {
+        if self
+            .conns
+            .get(conn)
+            .is_none_or(|record| record.state != State::Connecting)
+        {
+            return;
+        }
+        self.balance.handle_connected();
+        self.opened += 1;
+        let lifetime = self.settings.limits.lifetime;
+        let expires_at = (!lifetime.is_zero())
+            .then(|| now + self.balance.jittered(lifetime, LIFETIME_JITTER_PERCENT));
+        let Some(record) = self.conns.get_mut(conn) else {
+            return;
+        };
+        record.expires_at = expires_at;
+        match record.role {
+            Role::Exchange => self.free(now, conn),
+            Role::OneWay => {
+                self.move_to(conn, State::Idle { since: now });
+                self.use_one_way(conn);
+            }
+        }
+        if self.settings.protocol != Protocol::Tcp {
+            self.balance.handle_useful();
+        }
+        self.want_connections(now);
+    }
+
+    /// A connection could not be opened.
+    pub fn handle_connect_failed(&mut self, now: Time, conn: ConnId, reason: Reason) {
+        self.balance.handle_failure(now, reason);
+        self.close(conn, reason);
+        if self.places.exchange == 0 && self.balance.fail_fast(now).is_some() {
+            self.fail_waiters(now);
+        }
+        self.want_connections(now);
+    }
+
+    /// A complete reply came: whose it is. Replies on one-way connections are nobody's. One that
+    /// cannot be delivered fails its request; the exchange is complete all the same.
+    pub fn handle_reply(
+        &mut self,
+        now: Time,
+        conn: ConnId,
+        after: After,
+        is_deliverable: bool,
+    ) -> Option<Owner> {
+        let request = self.in_flight.on(conn);
+        let record = self.conns.get_mut(conn)?;
+        let Some(request) = request else {
+            record.replies_discarded += 1;
+            return None;
+        };
+        record.messages_in += 1;
+        let owner = self.in_flight.get(request)?.owner;
+        if is_deliverable {
+            self.in_flight.remove(request);
+            self.counts.end(RequestEnd::Replied);
+        } else {
+            self.fail(request, RequestEnd::Failed(Reason::ReplyUndeliverable));
+        }
+        self.balance.handle_useful();
+        match after {
+            After::Nothing => self.free(now, conn),
+            After::Surplus => {
+                self.close(conn, Reason::Unsolicited);
+                self.want_connections(now);
+            }
+        }
+        is_deliverable.then_some(owner)
+    }
+
+    /// A connection cannot be used any more. `untouched` says that no byte of the request on it
+    /// left, so that the request may use another one.
+    pub fn handle_lost(&mut self, now: Time, conn: ConnId, reason: Reason, untouched: bool) {
+        let Some(record) = self.conns.get(conn) else {
+            return;
+        };
+        match record.state {
+            State::Closing { .. } => return,
+            State::Draining { reason, .. } => {
+                // A retired UDP socket keeps its port whatever comes.
+                if self.settings.protocol == Protocol::Tcp {
+                    self.close(conn, reason);
+                }
+                return;
+            }
+            State::Connecting => return self.handle_connect_failed(now, conn, reason),
+            State::Idle { .. } | State::InUse => {}
+        }
+        let short_lived = now.since(record.opened_at) < self.settings.limits.backoff_max;
+        let useless = match record.role {
+            Role::Exchange => record.messages_in == 0 && short_lived,
+            Role::OneWay => short_lived,
+        };
+        if useless {
+            self.balance.handle_failure(now, reason);
+        } else {
+            self.balance.handle_useful();
+        }
+        if let Some(request) = self.in_flight.on(conn) {
+            if untouched {
+                self.wait_again(conn);
+            } else {
+                let failed = Reason::ConnectionLost;
+                let failed = if reason == Reason::ConnectRefused {
+                    reason
+                } else {
+                    failed
+                };
+                let failed = if reason == Reason::ReplyTooLong {
+                    reason
+                } else {
+                    failed
+                };
+                self.fail(request, RequestEnd::Failed(failed));
+            }
+        }
+        if reason == Reason::Unsolicited && self.settings.protocol == Protocol::Udp {
+            // A reply too many: others may follow, and must not reach the port's next user.
+            self.taint(now, conn, reason);
+        } else {
+            self.close(conn, reason);
+        }
+        self.serve_waiters(now);
+        self.want_connections(now);
+    }
+
+    /// The shard has closed a connection; `unacknowledged` bytes of those written to it had not
+    /// reached the peer's kernel.
+    pub fn handle_closed(&mut self, now: Time, conn: ConnId, unacknowledged: usize) {
+        let Some(record) = self.conns.get(conn) else {
+            return;
+        };
+        let reason = match record.state {
+            State::Closing { reason } => reason,
+            State::Connecting | State::Idle { .. } | State::InUse | State::Draining { .. } => {
+                Reason::Internal
+            }
+        };
+        if record.role == Role::OneWay && self.settings.protocol == Protocol::Tcp {
+            self.outbox
+                .handle_connection_end(unacknowledged, &mut self.leaving);
+            self.settle(Settled::InDoubt);
+        }
+        self.forget(conn, reason);
+        self.schedule_outbox();
+        self.want_connections(now);
+    }
+
+    /// `bytes` of the outbox were written to the one-way TCP connection: how many bytes of the
+    /// send buffer are done with.
+    pub fn handle_written(&mut self, now: Time, conn: ConnId, bytes: usize) -> usize {
+        let complete = self.outbox.handle_written(bytes, &mut self.leaving);
+        self.sent(now, conn, bytes);
+        complete
+    }
+
+    /// The first `messages` of the outbox were sent as datagrams: how many bytes of the send
+    /// buffer are done with.
+    pub fn handle_sent(&mut self, now: Time, conn: ConnId, messages: u64) -> usize {
+        let bytes = self.outbox.handle_sent(messages, &mut self.leaving);
+        self.sent(now, conn, bytes);
+        bytes
+    }
+
+    /// The first message of the outbox cannot be sent: how many bytes of the send buffer are done
+    /// with.
+    pub fn handle_unsendable(&mut self, now: Time, conn: ConnId, reason: Reason) -> usize {
+        let (_, bytes) = self.outbox.give_up(1, &mut self.leaving);
+        self.settle(Settled::Dropped(reason));
+        self.rest_one_way(now, conn);
+        bytes
+    }
+
+    /// A deadline has come.
+    pub fn handle_timeout(&mut self, now: Time) {
+        while let Some(timer) = self.deadlines.pop_due(now) {
+            match timer {
+                Timer::Conn(conn) => {
+                    if let Some(record) = self.conns.get_mut(conn) {
+                        record.scheduled_at = None;
+                        self.handle_conn_due(now, conn);
+                    }
+                }
+                Timer::Request(request) => self.handle_wait_over(now, request),
+                Timer::Outbox => {
+                    self.outbox_scheduled_at = None;
+                    self.expire(now);
+                }
+                Timer::Retry => {
+                    self.retry_scheduled_at = None;
+                    self.want_connections(now);
+                }
+            }
+        }
+    }
+
+    // Requests.
+
+    fn refuse(&mut self, reason: Reason) -> Acquire {
+        self.counts.end(RequestEnd::Refused(reason));
+        Acquire::Refused(reason)
+    }
+
+    fn grant(&mut self, now: Time, request: RequestId, conn: ConnId) {
+        let Some(entry) = self.in_flight.get(request) else {
+            return;
+        };
+        if let Place::Waiting { deadline } = entry.place {
+            self.deadlines.remove(deadline, Timer::Request(request));
+        }
+        let limit = now + self.settings.limits.request_timeout;
+        let deadline = earliest(limit, entry.caller_deadline);
+        self.in_flight.assign(request, conn, deadline);
+        if let Some(record) = self.conns.get_mut(conn) {
+            record.uses += 1;
+            record.messages_out += 1;
+        }
+        self.move_to(conn, State::InUse);
+    }
+
+    /// The exchange on a connection is complete, or it is new: it serves a waiter or rests.
+    fn free(&mut self, now: Time, conn: ConnId) {
+        let Some(record) = self.conns.get(conn) else {
+            return;
+        };
+        let uses_max = self.settings.limits.requests_per_connection_max;
+        let one_way_waits = self.wants_one_way() && self.places.open >= self.connections_max();
+        if uses_max > 0 && record.uses >= uses_max {
+            self.close(conn, Reason::UsesMax);
+        } else if record.expires_at.is_some_and(|at| at <= now) {
+            self.close(conn, Reason::Lifetime);
+        } else if one_way_waits {
+            self.close(conn, Reason::MakeRoom);
+        } else if let Some(request) = self.waiters.pop_front() {
+            self.grant(now, request, conn);
+            self.actions.push_back(Action::Dispatch { conn, request });
+            return;
+        } else if self.closing_down && self.is_settled() {
+            self.close(conn, Reason::Drained);
+        } else {
+            self.move_to(conn, State::Idle { since: now });
+            self.idle.push(conn);
+            return;
+        }
+        self.want_connections(now);
+    }
+
+    fn serve_waiters(&mut self, now: Time) {
+        while !self.waiters.is_empty()
+            && let Some(conn) = self.idle.pop()
+            && let Some(request) = self.waiters.pop_front()
+        {
+            self.grant(now, request, conn);
+            self.actions.push_back(Action::Dispatch { conn, request });
+        }
+    }
+
+    /// Puts the request on a connection back to the head of the waiters.
+    fn wait_again(&mut self, conn: ConnId) {
+        let Some(request) = self.in_flight.on(conn) else {
+            return;
+        };
+        let Some(entry) = self.in_flight.get(request) else {
+            return;
+        };
+        let limit = entry.asked_at + self.settings.limits.wait_timeout;
+        let deadline = earliest(limit, entry.caller_deadline);
+        if self.in_flight.unassign(conn, deadline).is_some() {
+            self.deadlines.insert(deadline, Timer::Request(request));
+            self.waiters.push_front(request);
+        }
+    }
+
+    fn handle_wait_over(&mut self, now: Time, request: RequestId) {
+        let Some(entry) = self.in_flight.get(request) else {
+            return;
+        };
+        let by_caller = entry
+            .caller_deadline
+            .is_some_and(|deadline| deadline <= now);
+        let end = if by_caller {
+            RequestEnd::TimedOut
+        } else {
+            RequestEnd::Refused(Reason::WaitTimeout)
+        };
+        self.waiters.retain(|waiting| *waiting != request);
+        self.fail(request, end);
+    }
+
+    /// Ends a request without a reply, wherever it is; its connection is not used again.
+    fn end_request(&mut self, now: Time, request: RequestId, end: RequestEnd) {
+        let Some(entry) = self.in_flight.get(request) else {
+            return;
+        };
+        match entry.place {
+            Place::Waiting { deadline } => {
+                self.deadlines.remove(deadline, Timer::Request(request));
+                self.waiters.retain(|waiting| *waiting != request);
+                self.fail(request, end);
+            }
+            Place::On { conn, .. } => {
+                self.fail(request, end);
+                let reason = match end {
+                    RequestEnd::TimedOut => Reason::RequestTimeout,
+                    RequestEnd::Failed(reason) | RequestEnd::Refused(reason) => reason,
+                    RequestEnd::Replied => Reason::Internal,
+                };
+                self.taint(now, conn, reason);
+            }
+        }
+    }
+
+    fn fail(&mut self, request: RequestId, end: RequestEnd) {
+        let Some(entry) = self.in_flight.remove(request) else {
+            return;
+        };
+        let was_sent = match entry.place {
+            Place::Waiting { .. } => false,
+            Place::On { .. } => true,
+        };
+        self.counts.end(end);
+        self.actions.push_back(Action::Fail {
+            request,
+            owner: entry.owner,
+            end,
+            was_sent,
+        });
+    }
+
+    fn fail_waiters(&mut self, now: Time) {
+        let reason = self.balance.fail_fast(now).unwrap_or(Reason::UpstreamDown);
+        for request in std::mem::take(&mut self.waiters) {
+            if let Some(Place::Waiting { deadline }) =
+                self.in_flight.get(request).map(|entry| entry.place)
+            {
+                self.deadlines.remove(deadline, Timer::Request(request));
+            }
+            self.fail(request, RequestEnd::Refused(reason));
+        }
+    }
+
+    /// The exchange on a connection did not complete: it never returns to `Idle`.
+    fn taint(&mut self, now: Time, conn: ConnId, reason: Reason) {
+        match self.settings.protocol {
+            Protocol::Tcp => self.close(conn, reason),
+            Protocol::Udp | Protocol::UdpWriteOnly => {
+                let until = now + self.settings.limits.late_reply_window;
+                self.move_to(
+                    conn,
+                    State::Draining {
+                        until,
+                        reason: Reason::LateReplyWindow,
+                    },
+                );
+                self.actions.push_back(Action::Retire { conn });
+            }
+        }
+        self.want_connections(now);
+    }
+
+    // One-way messages.
+
+    fn wants_one_way(&self) -> bool {
+        self.one_way.is_none() && !self.outbox.is_empty()
+    }
+
+    fn use_one_way(&mut self, conn: ConnId) {
+        let is_idle = self
+            .conns
+            .get(conn)
+            .is_some_and(|record| matches!(record.state, State::Idle { .. }));
+        if is_idle && !self.outbox.is_empty() {
+            self.move_to(conn, State::InUse);
+        }
+    }
+
+    fn rest_one_way(&mut self, now: Time, conn: ConnId) {
+        if !self.outbox.is_empty() {
+            return;
+        }
+        let Some(record) = self.conns.get(conn) else {
+            return;
+        };
+        if self.closing_down {
+            self.finish_one_way(now, conn, Reason::Drained);
+        } else if record.expires_at.is_some_and(|at| at <= now) {
+            self.finish_one_way(now, conn, Reason::Lifetime);
+        } else if record.state == State::InUse {
+            self.move_to(conn, State::Idle { since: now });
+            self.want_connections(now);
+        }
+    }
+
+    fn sent(&mut self, now: Time, conn: ConnId, bytes: usize) {
+        let messages = self.leaving.iter().map(|left| left.messages).sum::<u64>();
+        if let Some(record) = self.conns.get_mut(conn) {
+            record.uses += u64::from(messages > 0);
+            record.messages_out += messages;
+            record.bytes_out += bytes as u64;
+        }
+        self.settle(Settled::Sent);
+        self.rest_one_way(now, conn);
+    }
+
+    fn settle(&mut self, settled: Settled) {
+        for left in self.leaving.drain(..) {
+            self.ledger.settle(settled, left.messages);
+            let Leaving { source, messages } = left;
+            self.actions.push_back(Action::Settle {
+                source,
+                settled,
+                messages,
+            });
+        }
+    }
+
+    fn give_up(&mut self, messages: u64, settled: Settled) {
+        let (skip, bytes) = self.outbox.give_up(messages, &mut self.leaving);
+        if bytes > 0 {
+            self.actions.push_back(Action::Discard { skip, bytes });
+        }
+        self.settle(settled);
+    }
+
+    fn schedule_outbox(&mut self) {
+        let timeout = self.settings.limits.queue_timeout;
+        if timeout.is_zero() || self.outbox_scheduled_at.is_some() {
+            return;
+        }
+        if let Some(oldest) = self.outbox.oldest() {
+            let at = oldest + timeout;
+            self.outbox_scheduled_at = Some(at);
+            self.deadlines.insert(at, Timer::Outbox);
+        }
+    }
+
+    /// Ends what waited longer than `queue_timeout`. A message that is partly written cannot be
+    /// taken back from a connection, so that connection goes first.
+    fn expire(&mut self, now: Time) {
+        let timeout = self.settings.limits.queue_timeout;
+        let is_overdue = |outbox: &Outbox| {
+            outbox
+                .oldest()
+                .is_some_and(|oldest| oldest + timeout <= now)
+        };
+        if is_overdue(&self.outbox) {
+            if self.outbox.is_front_torn()
+                && let Some(conn) = self.one_way
+            {
+                // `handle_closed` sets the deadline, past already, again.
+                self.close(conn, Reason::Stalled);
+            }
+            if self.outbox.is_front_torn() {
+                return;
+            }
+            while let Some(oldest) = self.outbox.oldest().filter(|o| *o + timeout <= now) {
+                self.give_up(self.outbox.accepted_until(oldest), Settled::Expired);
+            }
+            if let Some(conn) = self.one_way {
+                self.rest_one_way(now, conn);
+            }
+        }
+        self.schedule_outbox();
+    }
+
+    /// Ends a one-way connection in order: what was written is still delivered.
+    fn finish_one_way(&mut self, now: Time, conn: ConnId, reason: Reason) {
+        match self.settings.protocol {
+            Protocol::Tcp => {
+                let until = now + self.settings.limits.finish_timeout;
+                self.move_to(conn, State::Draining { until, reason });
+                self.actions.push_back(Action::Drain { conn });
+            }
+            Protocol::Udp | Protocol::UdpWriteOnly => self.close(conn, reason),
+        }
+    }
+
+    // Connections.
+
+    fn connections_max(&self) -> usize {
+        self.settings.limits.connections_max
+    }
+
+    /// Starts the connects that are wanted and allowed.
+    fn want_connections(&mut self, now: Time) {
+        if self.wants_one_way() {
+            if self.places.open < self.connections_max() {
+                self.connect(now, Role::OneWay);
+            } else if !self.idle.is_empty() {
+                // The longest idle makes room; closing it calls here again.
+                let conn = self.idle.remove(0);
+                self.close(conn, Reason::MakeRoom);
+            }
+        }
+        let limits = &self.settings.limits;
+        let (connections_min, retired_max) = (limits.connections_min, limits.retired_max);
+        if self.settings.protocol == Protocol::UdpWriteOnly {
+            if connections_min > 0 && self.one_way.is_none() && !self.closing_down {
+                self.connect(now, Role::OneWay);
+            }
+            return;
+        }
+        loop {
+            let places = self.places;
+            let for_waiters = self.waiters.len() > places.connecting_exchange;
+            let warm = places.exchange < connections_min && !self.closing_down;
+            let reserved = usize::from(self.wants_one_way());
+            if !(for_waiters || warm)
+                || places.connecting >= self.settings.limits.connecting_max
+                || places.retired >= retired_max.max(1)
+            {
+                return;
+            }
+            if places.open + reserved >= self.connections_max() {
+                // With one place for both roles, a resting one-way connection makes room.
+                if for_waiters
+                    && places.exchange == 0
+                    && let Some(conn) = self.one_way
+                    && matches!(
+                        self.conns.get(conn).map(|c| c.state),
+                        Some(State::Idle { .. })
+                    )
+                {
+                    self.finish_one_way(now, conn, Reason::MakeRoom);
+                }
+                return;
+            }
+            if !self.connect(now, Role::Exchange) {
+                return;
+            }
+        }
+    }
+
+    /// Starts a connect if there is an address to go to now.
+    fn connect(&mut self, now: Time, role: Role) -> bool {
+        if self.places.connecting >= self.settings.limits.connecting_max {
+            return false;
+        }
+        let remote = match self.balance.pick(now) {
+            Pick::Address(remote) => remote,
+            Pick::NotBefore(at) => {
+                if self
+                    .retry_scheduled_at
+                    .is_none_or(|scheduled| scheduled > at)
+                {
+                    self.retry_scheduled_at = Some(at);
+                    self.deadlines.insert(at, Timer::Retry);
+                }
+                return false;
+            }
+            Pick::Probing | Pick::Unresolved => return false,
+        };
+        let conn = self.conns.insert(Conn {
+            role,
+            remote,
+            state: State::Connecting,
+            opened_at: now,
+            uses: 0,
+            messages_out: 0,
+            bytes_out: 0,
+            messages_in: 0,
+            bytes_in: 0,
+            replies_discarded: 0,
+            expires_at: None,
+            scheduled_at: None,
+        });
+        self.count(role, State::Connecting, 1);
+        if role == Role::OneWay {
+            self.one_way = Some(conn);
+        }
+        self.schedule_conn(conn);
+        self.actions
+            .push_back(Action::Connect { conn, role, remote });
+        true
+    }
+
+    /// The only way from one state to another.
+    fn move_to(&mut self, conn: ConnId, state: State) {
+        let Some(record) = self.conns.get_mut(conn) else {
+            return;
+        };
+        let (role, before) = (record.role, std::mem::replace(&mut record.state, state));
+        self.count(role, before, -1);
+        self.count(role, state, 1);
+        let takes_nothing_new = match state {
+            State::Connecting | State::Idle { .. } | State::InUse => false,
+            State::Draining { .. } | State::Closing { .. } => true,
+        };
+        if takes_nothing_new {
+            if self.one_way == Some(conn) {
+                self.one_way = None;
+            }
+            if let State::Idle { .. } = before {
+                self.idle.retain(|idle| *idle != conn);
+            }
+        }
+        self.schedule_conn(conn);
+    }
+
+    fn close(&mut self, conn: ConnId, reason: Reason) {
+        let closing = match self.conns.get(conn).map(|record| record.state) {
+            None | Some(State::Closing { .. }) => return,
+            Some(State::Connecting) => {
+                self.balance.handle_abandoned();
+                State::Closing { reason }
+            }
+            Some(State::Idle { .. } | State::InUse | State::Draining { .. }) => {
+                State::Closing { reason }
+            }
+        };
+        self.move_to(conn, closing);
+        self.actions.push_back(Action::Close { conn, reason });
+    }
+
+    fn forget(&mut self, conn: ConnId, reason: Reason) {
+        let Some(record) = self.conns.remove(conn) else {
+            return;
+        };
+        self.count(record.role, record.state, -1);
+        if let Some(at) = record.scheduled_at {
+            self.deadlines.remove(at, Timer::Conn(conn));
+        }
+        self.replies_discarded_before += record.replies_discarded;
+        self.closed.add(reason, 1);
+    }
+
+    fn count(&mut self, role: Role, state: State, change: isize) {
+        let places = &mut self.places;
+        let add = |place: &mut usize| *place = place.saturating_add_signed(change);
+        let is_exchange = role == Role::Exchange;
+        match state {
+            State::Connecting => {
+                add(&mut places.connecting);
+                add(&mut places.open);
+                if is_exchange {
+                    add(&mut places.connecting_exchange);
+                    add(&mut places.exchange);
+                }
+            }
+            State::Idle { .. } | State::InUse => {
+                add(&mut places.open);
+                if is_exchange {
+                    add(&mut places.exchange);
+                }
+            }
+            State::Draining { .. } if is_exchange => add(&mut places.retired),
+            State::Draining { .. } | State::Closing { .. } => add(&mut places.open),
+        }
+    }
+
+    /// When something must happen to a connection by itself.
+    fn conn_due(&self, conn: ConnId) -> Option<Time> {
+        let record = self.conns.get(conn)?;
+        let limits = &self.settings.limits;
+        match record.state {
+            State::Connecting => Some(record.opened_at + limits.connect_timeout),
+            State::Idle { since } => {
+                let idle_end =
+                    (!limits.idle_timeout.is_zero()).then(|| since + limits.idle_timeout);
+                idle_end.into_iter().chain(record.expires_at).min()
+            }
+            State::InUse => self.in_flight.deadline_on(conn),
+            State::Draining { until, .. } => Some(until),
+            State::Closing { .. } => None,
+        }
+    }
+
+    /// Makes sure that a deadline no later than the connection's own is set. One that is earlier
+    /// stays and finds, when it comes, that there is nothing to do yet.
+    fn schedule_conn(&mut self, conn: ConnId) {
+        let Some(due) = self.conn_due(conn) else {
+            return;
+        };
+        let Some(record) = self.conns.get_mut(conn) else {
+            return;
+        };
+        if let Some(scheduled) = record.scheduled_at {
+            if scheduled <= due {
+                return;
+            }
+            self.deadlines.remove(scheduled, Timer::Conn(conn));
+        }
+        record.scheduled_at = Some(due);
+        self.deadlines.insert(due, Timer::Conn(conn));
+    }
+
+    fn handle_conn_due(&mut self, now: Time, conn: ConnId) {
+        if self.conn_due(conn).is_some_and(|due| due <= now) {
+            self.end_conn_wait(now, conn);
+        }
+        self.schedule_conn(conn);
+    }
+
+    fn end_conn_wait(&mut self, now: Time, conn: ConnId) {
+        let Some(record) = self.conns.get(conn) else {
+            return;
+        };
+        match record.state {
+            State::Connecting => self.handle_connect_failed(now, conn, Reason::ConnectTimeout),
+            State::Idle { .. } => {
+                let expired = record.expires_at.is_some_and(|at| at <= now);
+                let kept_warm = record.role == Role::Exchange
+                    && self.places.exchange <= self.settings.limits.connections_min;
+                if kept_warm && !expired {
+                    // Idle counts anew: it is kept on purpose.
+                    if let Some(record) = self.conns.get_mut(conn) {
+                        record.state = State::Idle { since: now };
+                    }
+                    return;
+                }
+                let reason = if expired {
+                    Reason::Lifetime
+                } else {
+                    Reason::IdleTimeout
+                };
+                match record.role {
+                    Role::Exchange => self.close(conn, reason),
+                    Role::OneWay => self.finish_one_way(now, conn, reason),
+                }
+            }
+            State::InUse => {
+                if let Some(request) = self.in_flight.on(conn) {
+                    self.end_request(now, request, RequestEnd::TimedOut);
+                }
+            }
+            State::Draining { reason, .. } => self.close(conn, reason),
+            State::Closing { .. } => {}
+        }
+    }
+}
+
+fn earliest(limit: Time, caller_deadline: Option<Time>) -> Time {
+    caller_deadline.map_or(limit, |deadline| deadline.min(limit))
+}

@@ -1,0 +1,703 @@
+//! One turn of one source: reads, cuts, hands over, for at most one run.
+//!
+//! Consecutive one-way messages to one upstream form a run: they are staged one by one and
+//! accepted together. What an upstream cannot take stays in the source's buffer, and what the
+//! buffer cannot take stays in the kernel: that is the flow control.
+
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use poolbroker_proto::address::{Host, Protocol, UpstreamUrl, check_upstream_name};
+use poolbroker_proto::frame::{self, Deframer, Frame, Kind};
+use poolbroker_proto::framing::{Cut, Tail};
+use poolbroker_proto::message::{Attachment, BrokerMessage, ClientMessage, Failure, Retry, decode};
+use poolbroker_proto::reason::Reason;
+
+use super::outlet::{Push, Upstream};
+use super::sources::{Source, Sources};
+use crate::buffer::{RECEIVE_BYTES, Spares};
+use crate::config::{BrokerLimits, Dynamic, Overflow, UpstreamConfig};
+use crate::inflight::Owner;
+use crate::session::{SourceId, Unfinished};
+use crate::stats::Settled;
+use crate::timers::Time;
+use crate::transport::{Io, Read};
+
+/// What the shard lends to a source for its turn.
+pub struct Desk<'a> {
+    /// This turn's moment.
+    pub now: Time,
+    /// Every upstream; dynamic ones are added.
+    pub upstreams: &'a mut Vec<Upstream>,
+    /// Receive buffers.
+    pub spares: &'a mut Spares,
+    /// Limits of the broker.
+    pub limits: &'a BrokerLimits,
+    /// What may be opened by URL.
+    pub dynamic: &'a Dynamic,
+    /// The longest message of any upstream.
+    pub deframer: Deframer,
+    /// Upstreams given something to do.
+    pub touched: &'a mut Vec<usize>,
+    /// What needs the whole shard.
+    pub orders: &'a mut Vec<Order>,
+    /// The broker is shutting down.
+    pub is_draining: bool,
+}
+
+/// What a source asks that only the shard can do.
+#[derive(Debug)]
+pub enum Order {
+    /// Read a passed descriptor from now on.
+    Attach {
+        /// Who passed it.
+        source: SourceId,
+        /// What is answered.
+        correlation: u64,
+        /// Where its messages go.
+        upstream: usize,
+        /// What it is said to be.
+        attachment: Attachment,
+        /// The descriptor.
+        descriptor: OwnedFd,
+    },
+}
+
+/// How a source's turn ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Served {
+    /// There is more to do: another turn.
+    Again,
+    /// Nothing to do until an event.
+    Idle,
+    /// An upstream's queue is full.
+    Blocked {
+        /// Which.
+        upstream: usize,
+    },
+    /// Its user has no quota left for a buffer.
+    Starved,
+    /// It ended.
+    Ended(Reason),
+}
+
+/// Consecutive messages to one upstream.
+#[derive(Debug, Clone, Copy)]
+struct Run {
+    handle: u16,
+    upstream: usize,
+}
+
+/// What was taken in this turn.
+#[derive(Debug, Default)]
+struct Taken {
+    messages: usize,
+    bytes: usize,
+    run: Option<Run>,
+}
+
+/// Serves one source for one turn.
+pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> Served {
+    if sources.is_overfull(id) {
+        return Served::Idle;
+    }
+    let Some(source) = sources.table.get_mut(id) else {
+        return Served::Idle;
+    };
+    if source.ended.is_some() || source.is_blocked {
+        return Served::Idle;
+    }
+    let mut taken = Taken::default();
+    let served = loop {
+        if taken.messages >= desk.limits.run_messages_max
+            || taken.bytes >= desk.limits.run_bytes_max
+        {
+            break Served::Again;
+        }
+        let step = match source.cutter {
+            None => frame_step(desk, source, id, &mut taken),
+            Some(_) => cut_step(desk, source, id, &mut taken),
+        };
+        match step {
+            Step::Next => {}
+            Step::NeedsBytes => match read(desk, source) {
+                Ok(true) => {}
+                Ok(false) => break Served::Idle,
+                Err(served) => break served,
+            },
+            Step::Stop(served) => break served,
+        }
+    };
+    accept(desk, &mut source.session, id, &mut taken);
+    let served = match served {
+        Served::Ended(reason @ (Reason::EndOfInput | Reason::ClientGone | Reason::Drained)) => {
+            end_of_input(desk, source, id, reason)
+        }
+        served => served,
+    };
+    finish_turn(desk, source, served);
+    served
+}
+
+/// What one look at the buffer gave.
+enum Step {
+    Next,
+    NeedsBytes,
+    Stop(Served),
+}
+
+/// Reads once. `Ok(false)`: there is nothing now.
+fn read(desk: &mut Desk<'_>, source: &mut Source) -> Result<bool, Served> {
+    if !source.is_readable {
+        return Ok(false);
+    }
+    let mut buffer = match source.buffer.take() {
+        Some(buffer) => buffer,
+        None => {
+            if let Some(charge) = &mut source.buffer_charge
+                && charge.resize(RECEIVE_BYTES).is_err()
+            {
+                return Err(Served::Starved);
+            }
+            desk.spares.take()
+        }
+    };
+    let result = source.io.read(&mut buffer);
+    let capacity = buffer.capacity();
+    source.buffer = Some(buffer);
+    if let Some(charge) = &mut source.buffer_charge
+        && charge.resize(capacity).is_err()
+    {
+        return Err(Served::Ended(Reason::Quota));
+    }
+    charge_descriptors(source)?;
+    match result {
+        Read::Bytes { more } => {
+            source.is_readable = more || source.is_ending;
+            source
+                .session
+                .handle_unfinished(desk.now, Unfinished::Nothing);
+            Ok(true)
+        }
+        Read::Nothing => {
+            source.is_readable = false;
+            Ok(false)
+        }
+        Read::End => {
+            source.is_readable = false;
+            Err(Served::Ended(match source.io {
+                Io::Unix(_) if desk.is_draining => Reason::Drained,
+                Io::Unix(_) => Reason::ClientGone,
+                Io::Socketpair(_) if desk.is_draining => Reason::Drained,
+                Io::Socketpair(_) | Io::Pipe(_) | Io::Fifo(_) => Reason::EndOfInput,
+            }))
+        }
+        Read::Failed(rustix::io::Errno::TOOMANYREFS) => {
+            Err(Served::Ended(Reason::UnexpectedDescriptor))
+        }
+        Read::Failed(rustix::io::Errno::CONNRESET) => Err(Served::Ended(Reason::ClientGone)),
+        Read::Failed(error) => {
+            tracing::debug!(session = source.session.id, %error, "a source cannot be read");
+            Err(Served::Ended(Reason::ReadError))
+        }
+    }
+}
+
+/// Charges what a client has passed and not claimed; too much ends it before it uses up the
+/// broker's own descriptors (M10).
+fn charge_descriptors(source: &mut Source) -> Result<(), Served> {
+    if let (Io::Unix(socket), Some(charge)) = (&source.io, &mut source.descriptor_charge) {
+        let charged = charge.resize(socket.descriptors());
+        return charged.map_err(|_| Served::Ended(Reason::UnexpectedDescriptor));
+    }
+    Ok(())
+}
+
+/// Hands one one-way message to its upstream. False: it must stay where it is.
+fn push(
+    desk: &mut Desk<'_>,
+    session: &mut crate::session::Session,
+    id: SourceId,
+    taken: &mut Taken,
+    (handle, upstream): (u16, usize),
+    body: &[u8],
+) -> bool {
+    if taken.run.is_some_and(|run| run.handle != handle) {
+        accept(desk, session, id, taken);
+    }
+    let outlet = &mut desk.upstreams[upstream];
+    match outlet.push(body) {
+        Push::Staged => taken.run = Some(Run { handle, upstream }),
+        Push::Full => return false,
+        Push::Dropped => {
+            accept(desk, session, id, taken);
+            let outlet = &mut desk.upstreams[upstream];
+            outlet.pool.drop_newest(1);
+            session.handle_accepted(handle, 1);
+            session.handle_settled(upstream, Settled::Dropped(Reason::QueueFull), 1);
+        }
+        Push::Refused(reason) => session.handle_refused(Some(handle), reason),
+    }
+    taken.messages += 1;
+    taken.bytes += body.len();
+    true
+}
+
+/// Ends the run: what was staged is accepted.
+fn accept(
+    desk: &mut Desk<'_>,
+    session: &mut crate::session::Session,
+    id: SourceId,
+    taken: &mut Taken,
+) {
+    if let Some(run) = taken.run.take() {
+        let messages = desk.upstreams[run.upstream].accept(desk.now, id);
+        session.handle_accepted(run.handle, messages);
+        desk.touched.push(run.upstream);
+    }
+}
+
+// Frames.
+
+fn frame_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut Taken) -> Step {
+    let Some(buffer) = source.buffer.take() else {
+        return Step::NeedsBytes;
+    };
+    let step = match desk.deframer.next_frame(buffer.unread()) {
+        Ok(None) => Ok((Step::NeedsBytes, 0)),
+        Ok(Some(frame)) => {
+            handle_frame(desk, source, id, taken, frame).map(|step| (step, frame.frame_bytes))
+        }
+        Err(error) => {
+            let text = format!("{error}; is this a client of poolbroker?");
+            Err((Reason::BadFrame, text))
+        }
+    };
+    source.buffer = Some(buffer);
+    match step {
+        Ok((Step::Stop(served), _)) => Step::Stop(served),
+        Ok((step, consumed)) => {
+            if let Some(buffer) = &mut source.buffer {
+                buffer.consume(consumed);
+            }
+            step
+        }
+        Err((reason, text)) => {
+            source.session.handle_refused(None, reason);
+            let failure = Failure {
+                reason,
+                retry: Retry::NotSent,
+                text,
+            };
+            source.tell_control(Kind::Failure, 0, &failure);
+            Step::Stop(Served::Ended(reason))
+        }
+    }
+}
+
+/// An error of the client that ends its session, with the words it is told.
+type Violation = (Reason, String);
+
+fn handle_frame(
+    desk: &mut Desk<'_>,
+    source: &mut Source,
+    id: SourceId,
+    taken: &mut Taken,
+    frame: Frame<'_>,
+) -> Result<Step, Violation> {
+    let header = frame.header;
+    if !source.session.is_open() && header.kind != Kind::Hello {
+        return Err((Reason::BadFrame, "the first frame must be a hello".into()));
+    }
+    match header.kind {
+        Kind::Send => {
+            let Some(upstream) = source.session.upstream(header.upstream) else {
+                source.session.handle_refused(None, Reason::UnknownUpstream);
+                return Ok(Step::Next);
+            };
+            let place = (header.upstream, upstream);
+            if !push(desk, &mut source.session, id, taken, place, frame.body) {
+                return Ok(Step::Stop(Served::Blocked { upstream }));
+            }
+        }
+        Kind::Request => {
+            taken.messages += 1;
+            taken.bytes += frame.body.len();
+            handle_request(desk, source, id, frame);
+        }
+        Kind::Control => {
+            accept(desk, &mut source.session, id, taken);
+            taken.messages += 1;
+            handle_control(desk, source, id, frame)?;
+        }
+        Kind::Hello => {
+            let version = frame::hello_version(frame.body);
+            source.session.handle_hello(version).map_err(|reason| {
+                let theirs = version.map_or("no version".to_owned(), |v| format!("version {v}"));
+                let text = format!(
+                    "{reason}: the broker speaks version {}, the client {theirs}; \
+                     install matching releases",
+                    frame::VERSION
+                );
+                (reason, text)
+            })?;
+            let welcome = BrokerMessage::Welcome {
+                session: source.session.id,
+                requests_in_flight_max: u32::try_from(desk.limits.requests_in_flight_max)
+                    .unwrap_or(u32::MAX),
+            };
+            source.tell_control(Kind::Control, header.correlation, &welcome);
+        }
+        Kind::Reply | Kind::Failure => {
+            return Err((
+                Reason::BadFrame,
+                "a client sends neither replies nor failures".into(),
+            ));
+        }
+    }
+    Ok(Step::Next)
+}
+
+fn handle_request(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, frame: Frame<'_>) {
+    let correlation = frame.header.correlation;
+    let refuse = |source: &mut Source, reason: Reason, text: String| {
+        source.session.handle_refused(None, reason);
+        let failure = Failure {
+            reason,
+            retry: Retry::NotSent,
+            text,
+        };
+        source.tell_control(Kind::Failure, correlation, &failure);
+    };
+    if source.is_hung_up {
+        return source.session.handle_refused(None, Reason::ClientGone);
+    }
+    let Some(upstream) = source.session.upstream(frame.header.upstream) else {
+        let text = format!(
+            "handle {} was not opened by this client",
+            frame.header.upstream
+        );
+        return refuse(source, Reason::UnknownUpstream, text);
+    };
+    if let Err(reason) = source.session.check_request(correlation) {
+        let text = match reason {
+            Reason::Quota => format!(
+                "{reason}: {} requests are in flight (requests_in_flight_max)",
+                source.session.in_flight()
+            ),
+            _ => format!("{reason}: {correlation}"),
+        };
+        return refuse(source, reason, text);
+    }
+    let timeout = match frame.header.timeout_ms {
+        0 => None,
+        timeout_ms => Some(Duration::from_millis(u64::from(timeout_ms))),
+    };
+    let owner = Owner {
+        source: id,
+        correlation,
+    };
+    match desk.upstreams[upstream].request(desk.now, owner, frame.body, timeout) {
+        Ok(request) => source.session.start_request(correlation, upstream, request),
+        Err(failure) => source.tell_control(Kind::Failure, correlation, &failure),
+    }
+    desk.touched.push(upstream);
+}
+
+fn handle_control(
+    desk: &mut Desk<'_>,
+    source: &mut Source,
+    id: SourceId,
+    frame: Frame<'_>,
+) -> Result<(), Violation> {
+    let header = frame.header;
+    let message = decode::<ClientMessage>(frame.body)
+        .map_err(|error| (Reason::BadFrame, error.to_string()))?;
+    let answered = match message {
+        ClientMessage::Open { name } => open(desk, source, &name),
+        ClientMessage::OpenUrl { url } => open_url(desk, source, &url),
+        ClientMessage::Flush => source
+            .session
+            .flush(header.upstream, header.correlation)
+            .map(|()| None)
+            .map_err(|reason| (reason, format!("{reason}: handle {}", header.upstream))),
+        ClientMessage::Attach { attachment } => attach(desk, source, id, &frame, attachment),
+    };
+    match answered {
+        Ok(Some(answer)) => source.tell_control(Kind::Control, header.correlation, &answer),
+        Ok(None) => {}
+        Err((reason, text)) => {
+            let failure = Failure {
+                reason,
+                retry: Retry::NotSent,
+                text,
+            };
+            source.tell_control(Kind::Failure, header.correlation, &failure);
+        }
+    }
+    Ok(())
+}
+
+/// An answer, none yet, or a refusal with its words.
+type Answer = Result<Option<BrokerMessage>, (Reason, String)>;
+
+fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
+    let found = desk
+        .upstreams
+        .iter()
+        .position(|upstream| upstream.config.name == name);
+    let Some(upstream) = found.filter(|_| check_upstream_name(name).is_ok()) else {
+        let names: Vec<_> = desk
+            .upstreams
+            .iter()
+            .map(|upstream| upstream.config.name.as_str())
+            .filter(|name| check_upstream_name(name).is_ok())
+            .collect();
+        let known = match names.as_slice() {
+            [] => "none is configured".to_owned(),
+            names => format!("there are: {}", names.join(", ")),
+        };
+        let name = name.escape_debug().to_string();
+        return Err((
+            Reason::UnknownUpstream,
+            format!("unknown upstream \"{name}\"; {known}"),
+        ));
+    };
+    opened(desk, source, upstream)
+}
+
+fn opened(desk: &Desk<'_>, source: &mut Source, upstream: usize) -> Answer {
+    let handle = source.session.open(upstream).map_err(|reason| {
+        (
+            reason,
+            format!(
+                "{reason}: a session opens at most {} upstreams",
+                crate::session::HANDLES_MAX
+            ),
+        )
+    })?;
+    let config = &desk.upstreams[upstream].config;
+    Ok(Some(BrokerMessage::Opened {
+        handle,
+        protocol: config.url.protocol,
+        message_bytes_max: config.limits.message_bytes_max as u64,
+    }))
+}
+
+fn open_url(desk: &mut Desk<'_>, source: &mut Source, url: &str) -> Answer {
+    let url: UpstreamUrl = url
+        .parse()
+        .map_err(|error| (Reason::InvalidUrl, format!("{error}")))?;
+    let not_allowed = |why: String| (Reason::NotAllowed, format!("{url} cannot be opened: {why}"));
+    let Host::Ip(address) = &url.host else {
+        return Err(not_allowed(
+            "by URL only an address can be opened, not a host name".into(),
+        ));
+    };
+    if !desk
+        .dynamic
+        .allow
+        .iter()
+        .any(|network| network.contains(address))
+    {
+        return Err(not_allowed(format!(
+            "no network of [dynamic] allow in the configuration contains {address}"
+        )));
+    }
+    let name = url.to_string();
+    let found = desk
+        .upstreams
+        .iter()
+        .position(|upstream| upstream.config.name == name);
+    if let Some(upstream) = found {
+        return opened(desk, source, upstream);
+    }
+    let dynamic = desk
+        .upstreams
+        .iter()
+        .filter(|upstream| check_upstream_name(&upstream.config.name).is_err());
+    if dynamic.count() >= desk.dynamic.upstreams_max {
+        return Err(not_allowed(format!(
+            "{} upstreams are open by URL already ([dynamic] upstreams_max)",
+            desk.dynamic.upstreams_max
+        )));
+    }
+    let remote = (*address, url.port).into();
+    let mut config = UpstreamConfig::new(&name, url);
+    config.overflow = Overflow::Block;
+    config.fifo = None;
+    let index = desk.upstreams.len();
+    let mut upstream = Upstream::new(index, config, desk.limits, index as u64);
+    upstream.pool.handle_resolved(desk.now, vec![remote]);
+    desk.upstreams.push(upstream);
+    opened(desk, source, index)
+}
+
+fn attach(
+    desk: &mut Desk<'_>,
+    source: &mut Source,
+    id: SourceId,
+    frame: &Frame<'_>,
+    attachment: Attachment,
+) -> Answer {
+    let Io::Unix(socket) = &mut source.io else {
+        return Err((
+            Reason::Internal,
+            "only a client socket passes descriptors".into(),
+        ));
+    };
+    let Some(descriptor) = socket.claim_descriptor() else {
+        let reason = Reason::DescriptorMissing;
+        return Err((reason, reason.to_string()));
+    };
+    let handle = frame.header.upstream;
+    let Some(upstream) = source.session.upstream(handle) else {
+        return Err((
+            Reason::UnknownUpstream,
+            format!("handle {handle} was not opened"),
+        ));
+    };
+    let config = &desk.upstreams[upstream].config;
+    if attachment == Attachment::Socketpair && config.url.protocol == Protocol::UdpWriteOnly {
+        let reason = Reason::WriteOnly;
+        return Err((reason, format!("upstream {}: {reason}", config.name)));
+    }
+    let correlation = frame.header.correlation;
+    desk.orders.push(Order::Attach {
+        source: id,
+        correlation,
+        upstream,
+        attachment,
+        descriptor,
+    });
+    Ok(None)
+}
+
+// FIFOs, pipes, socketpairs.
+
+fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut Taken) -> Step {
+    let Source {
+        session,
+        io,
+        buffer,
+        cutter,
+        awaits_reply,
+        ..
+    } = source;
+    let (Some(buffer), Some(cutter)) = (buffer, cutter) else {
+        return Step::NeedsBytes;
+    };
+    if *awaits_reply {
+        return Step::Stop(Served::Idle);
+    }
+    let Some(upstream) = session.upstream(0) else {
+        return Step::Stop(Served::Ended(Reason::Internal));
+    };
+    match cutter.next_cut(buffer.unread()) {
+        Cut::Message { body, consumed } => {
+            let body = &buffer.unread()[body];
+            if let Io::Socketpair(_) = io {
+                taken.messages += 1;
+                let owner = Owner {
+                    source: id,
+                    correlation: 0,
+                };
+                match desk.upstreams[upstream].request(desk.now, owner, body, None) {
+                    Ok(request) => session.start_request(0, upstream, request),
+                    Err(failure) => return Step::Stop(Served::Ended(failure.reason)),
+                }
+                *awaits_reply = true;
+                desk.touched.push(upstream);
+            } else if !push(desk, session, id, taken, (0, upstream), body) {
+                return Step::Stop(Served::Blocked { upstream });
+            }
+            buffer.consume(consumed);
+            Step::Next
+        }
+        Cut::Refused { reason, consumed } => {
+            session.handle_refused(Some(0), reason);
+            taken.messages += 1;
+            taken.bytes += consumed;
+            buffer.consume(consumed);
+            Step::Next
+        }
+        Cut::Skipped { consumed } => {
+            taken.bytes += consumed;
+            buffer.consume(consumed);
+            Step::Next
+        }
+        Cut::Incomplete => Step::NeedsBytes,
+    }
+}
+
+/// The input has ended: what an unfinished message at its end becomes.
+fn end_of_input(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, reason: Reason) -> Served {
+    let Source {
+        session,
+        io,
+        buffer,
+        cutter,
+        ..
+    } = source;
+    let Some(buffer) = buffer.as_mut().filter(|buffer| !buffer.is_empty()) else {
+        return Served::Ended(reason);
+    };
+    let tail = cutter
+        .as_mut()
+        .map_or(Tail::Partial, |cutter| cutter.finish(buffer.unread()));
+    match (tail, session.upstream(0)) {
+        (Tail::Message(body), Some(upstream)) if matches!(io, Io::Pipe(_)) => {
+            let mut taken = Taken::default();
+            let body = &buffer.unread()[body];
+            if !push(desk, session, id, &mut taken, (0, upstream), body) {
+                // The end will be read again.
+                source.is_readable = true;
+                return Served::Blocked { upstream };
+            }
+            accept(desk, session, id, &mut taken);
+        }
+        (Tail::Nothing, _) => {}
+        (Tail::Message(_) | Tail::Partial, _) => {
+            let handle = cutter.is_some().then_some(0);
+            session.handle_refused(handle, Reason::Partial);
+        }
+    }
+    let rest = buffer.unread().len();
+    buffer.consume(rest);
+    Served::Ended(reason)
+}
+
+/// Gives back an empty buffer and says what is left unfinished.
+fn finish_turn(desk: &mut Desk<'_>, source: &mut Source, served: Served) {
+    let is_empty = source
+        .buffer
+        .as_ref()
+        .is_none_or(|buffer| buffer.is_empty());
+    if is_empty && let Some(buffer) = source.buffer.take() {
+        desk.spares.put_back(buffer);
+        if let Some(charge) = &mut source.buffer_charge {
+            let shrunk = charge.resize(0);
+            debug_assert!(shrunk.is_ok(), "shrinking cannot fail");
+        }
+    }
+    let uncharged = charge_descriptors(source);
+    debug_assert!(uncharged.is_ok(), "claiming only shrinks it");
+    if served != Served::Idle {
+        return;
+    }
+    let is_skipping = source
+        .cutter
+        .as_ref()
+        .is_some_and(|cutter| cutter.is_skipping());
+    let unfinished = match &source.io {
+        Io::Unix(socket) if socket.descriptors() > 0 => Unfinished::MessageWithDescriptor,
+        Io::Unix(_) | Io::Fifo(_) if !is_empty || is_skipping => Unfinished::Message,
+        // Nobody waits behind an unfinished message of a pipe of one's own.
+        Io::Unix(_) | Io::Fifo(_) | Io::Pipe(_) | Io::Socketpair(_) => Unfinished::Nothing,
+    };
+    // The wait began with the last bytes read, which set the deadline aside.
+    if unfinished == Unfinished::Nothing || source.session.next_deadline().is_none() {
+        source.session.handle_unfinished(desk.now, unfinished);
+    }
+}

@@ -1,0 +1,1097 @@
+//! The loop: waits, reads the clock once, feeds events to the pure parts, carries out their
+//! actions.
+//!
+//! ```text
+//!   turn: wait -> clock -> events -> commands -> deadlines -> one run of every ready source
+//!              -> upstreams work (send, reconnect, ...) -> sources are told -> ended ones go
+//! ```
+//!
+//! Work per source, connection and turn is bounded ([`intake`], [`outlet`]), so nobody keeps the
+//! others waiting, and a turn that leaves work behind does not wait. All data of a shard stays in
+//! its thread; the other threads send it [`Command`]s.
+
+mod intake;
+mod outlet;
+mod sources;
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::Sender;
+use poolbroker_proto::address::{Host, Protocol};
+use poolbroker_proto::frame::{Deframer, Kind};
+use poolbroker_proto::framing::{Cutter, Framing};
+use poolbroker_proto::message::{Attachment, BrokerMessage, Failure, Retry};
+use poolbroker_proto::reason::Reason;
+use rustix::io::Errno;
+
+use self::intake::{Desk, Order, Served};
+use self::outlet::{Context, Upstream};
+use self::sources::{Source, Sources};
+use crate::buffer::Spares;
+use crate::closer::Closer;
+use crate::config::{BrokerLimits, Config, Dynamic, UpstreamLimits};
+use crate::mailbox::Mailbox;
+use crate::poller::{Poller, Readiness, Token};
+use crate::pool::ConnId;
+use crate::quota::{QuotaLimits, Quotas, Resource};
+use crate::session::{Peer, Session, SessionLimits, SourceId, Transport};
+use crate::snapshot::{ListenerSnapshot, Snapshot, by_reason};
+use crate::stats::Tally;
+use crate::timers::Time;
+use crate::transport::Io;
+use crate::transport::pipe::Pipe;
+use crate::transport::unix::{self, Stream};
+use crate::upstream::resolve::Resolver;
+use crate::upstream::sockopt;
+
+/// Clients accepted in a row before others have their turn.
+const ACCEPTS_MAX: usize = 64;
+
+/// How long the listener rests when no descriptor is left (R1).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// How often the 32-bit drop counters of the kernel are read: at 10 Gbit/s of the smallest
+/// replies they wrap after 290 s.
+const DISCARD_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long sources without quota for a buffer wait before they try again.
+const STARVED_PAUSE: Duration = Duration::from_millis(10);
+
+/// What another thread asks of the shard.
+#[derive(Debug)]
+pub enum Command {
+    /// A copy of every number.
+    Status(Sender<Snapshot>),
+    /// Take no new session, send what is there, end.
+    Drain,
+    /// End now.
+    Stop,
+    /// The host of an upstream was resolved; no addresses: it failed.
+    Resolved {
+        /// Which upstream.
+        upstream: usize,
+        /// Its addresses.
+        addresses: Vec<SocketAddr>,
+    },
+}
+
+/// How a shard ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// Everything that was taken has its outcome, and nothing was left unread.
+    Clean,
+    /// Some messages were given up.
+    Undelivered {
+        /// How many.
+        messages: u64,
+    },
+}
+
+/// A FIFO, opened.
+#[derive(Debug)]
+pub struct OpenFifo {
+    /// Its descriptor.
+    pub fd: OwnedFd,
+    /// Its path.
+    pub path: PathBuf,
+    /// The upstream its messages go to, by index.
+    pub upstream: usize,
+    /// How they are cut.
+    pub framing: Framing,
+}
+
+/// What a shard is made of.
+#[derive(Debug)]
+pub struct ShardParts {
+    /// Everything configured.
+    pub config: Config,
+    /// Shown by `status`.
+    pub runtime_dir: PathBuf,
+    /// The client socket, listening.
+    pub listener: OwnedFd,
+    /// The path of the client socket.
+    pub listener_path: PathBuf,
+    /// The FIFOs.
+    pub fifos: Vec<OpenFifo>,
+    /// Commands.
+    pub mailbox: Mailbox<Command>,
+    /// For host names.
+    pub resolver: Resolver,
+    /// For passed descriptors.
+    pub closer: Closer,
+    /// Descriptors that the process may have.
+    pub descriptors_max: usize,
+}
+
+/// What a watched descriptor belongs to.
+#[derive(Debug, Clone, Copy)]
+pub enum Target {
+    /// The client socket.
+    Listener,
+    /// The mailbox.
+    Mailbox,
+    /// A source.
+    Source(SourceId),
+    /// The process behind a source, by pidfd.
+    Process(SourceId),
+    /// A connection.
+    Conn {
+        /// Of this upstream.
+        upstream: usize,
+        /// Which.
+        conn: ConnId,
+    },
+}
+
+#[derive(Debug)]
+struct Listener {
+    fd: Option<OwnedFd>,
+    path: PathBuf,
+    token: Token,
+    /// Given up to accept one client too many, so that it can be told (R1).
+    spare: Option<OwnedFd>,
+    resumes_at: Option<Time>,
+    accepted: u64,
+    refused: Tally,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Running,
+    /// Sources are read to their ends. `is_last_pass`: everything was found empty once, and is
+    /// looked at again.
+    Draining {
+        deadline: Time,
+        is_last_pass: bool,
+    },
+    /// Nothing is left but to end the connections in order.
+    Closing {
+        deadline: Time,
+    },
+}
+
+/// One shard. See the module's text.
+#[derive(Debug)]
+pub struct Shard {
+    started: Instant,
+    now: Time,
+    limits: BrokerLimits,
+    dynamic: Dynamic,
+    runtime_dir: PathBuf,
+    poller: Poller<Target>,
+    sources: Sources,
+    upstreams: Vec<Upstream>,
+    spares: Spares,
+    quotas: Quotas,
+    listener: Listener,
+    fifo_paths: Vec<(SourceId, PathBuf)>,
+    mailbox: Mailbox<Command>,
+    resolver: Resolver,
+    closer: Closer,
+    pidfds: slotmap::SecondaryMap<SourceId, (OwnedFd, Token)>,
+    deframer: Deframer,
+    touched: Vec<usize>,
+    orders: Vec<Order>,
+    next_session_id: u64,
+    discards_due_at: Time,
+    phase: Phase,
+    given_up: u64,
+}
+
+impl Shard {
+    /// A shard over these parts, its FIFOs watched and its names being resolved.
+    pub fn new(parts: ShardParts) -> Result<Self, Errno> {
+        let ShardParts {
+            config,
+            listener,
+            mailbox,
+            ..
+        } = parts;
+        let mut poller = Poller::new()?;
+        let token = poller.watch_listener(&listener, Target::Listener)?;
+        poller.watch_listener(&mailbox, Target::Mailbox)?;
+        let percent = config.broker.sessions_percent_max as usize;
+        let quotas = Quotas::new(QuotaLimits {
+            sessions_max: parts.descriptors_max * percent / 100,
+            queued_bytes_max: config.broker.queued_bytes_max_per_uid,
+            descriptors_max: config.broker.descriptors_in_flight_max_per_uid,
+        });
+        let seed = u64::from(std::process::id());
+        let mut upstreams = Vec::new();
+        for (index, upstream) in config.upstreams.into_iter().enumerate() {
+            let seed = seed.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64);
+            upstreams.push(Upstream::new(index, upstream, &config.broker, seed));
+        }
+        let longest = upstreams
+            .iter()
+            .map(|upstream| upstream.config.limits.message_bytes_max);
+        let of_dynamic = UpstreamLimits::of(Protocol::Tcp).message_bytes_max;
+        let longest = longest.max().unwrap_or(0).max(of_dynamic);
+        let mut shard = Shard {
+            started: Instant::now(),
+            now: Time::default(),
+            sources: Sources::new(config.broker.reply_queue_bytes_max),
+            limits: config.broker,
+            dynamic: config.dynamic,
+            runtime_dir: parts.runtime_dir,
+            poller,
+            upstreams,
+            spares: Spares::default(),
+            quotas,
+            listener: Listener {
+                fd: Some(listener),
+                path: parts.listener_path,
+                token,
+                spare: spare_descriptor(),
+                resumes_at: None,
+                accepted: 0,
+                refused: Tally::default(),
+            },
+            fifo_paths: Vec::new(),
+            mailbox,
+            resolver: parts.resolver,
+            closer: parts.closer,
+            pidfds: slotmap::SecondaryMap::new(),
+            deframer: Deframer::new(longest),
+            touched: Vec::new(),
+            orders: Vec::new(),
+            next_session_id: 1,
+            discards_due_at: Time::default() + DISCARD_INTERVAL,
+            phase: Phase::Running,
+            given_up: 0,
+        };
+        for fifo in parts.fifos {
+            shard.add_fifo(fifo)?;
+        }
+        shard.locate_upstreams();
+        Ok(shard)
+    }
+
+    /// Runs until the shard was told to end and has done so.
+    pub fn run(mut self) -> Result<Ending, Errno> {
+        loop {
+            let timeout = self.timeout();
+            self.poller.wait(timeout)?;
+            self.now = Time::from_start(self.started.elapsed());
+            self.handle_events();
+            self.handle_deadlines();
+            self.serve_ready();
+            self.work();
+            self.tell_sources();
+            if let Some(ending) = self.advance_drain() {
+                return Ok(ending);
+            }
+        }
+    }
+
+    fn locate_upstreams(&mut self) {
+        for (index, upstream) in self.upstreams.iter_mut().enumerate() {
+            let url = &upstream.config.url;
+            match &url.host {
+                Host::Ip(address) => {
+                    let remote = (*address, url.port).into();
+                    upstream.pool.handle_resolved(self.now, vec![remote]);
+                }
+                Host::Name(name) => self.resolver.watch(index, name, url.port),
+            }
+        }
+    }
+
+    // One turn.
+
+    fn timeout(&self) -> Option<Duration> {
+        if self.sources.ready_count() > 0 || self.upstreams.iter().any(Upstream::has_work) {
+            return Some(Duration::ZERO);
+        }
+        let drain = match self.phase {
+            Phase::Running => None,
+            Phase::Draining {
+                deadline,
+                is_last_pass: false,
+            }
+            | Phase::Closing { deadline } => Some(deadline),
+            Phase::Draining {
+                is_last_pass: true, ..
+            } => return Some(Duration::ZERO),
+        };
+        let starved = self.sources.has_starved().then(|| self.now + STARVED_PAUSE);
+        let next = self
+            .upstreams
+            .iter()
+            .filter_map(Upstream::next_deadline)
+            .chain(self.sources.next_deadline())
+            .chain(self.listener.resumes_at)
+            .chain(drain)
+            .chain(starved)
+            .chain([self.discards_due_at])
+            .min()?;
+        Some(next.since(self.now))
+    }
+
+    fn handle_events(&mut self) {
+        while let Some((target, readiness)) = self.poller.pop_event() {
+            match target {
+                Target::Listener => self.accept_clients(),
+                Target::Mailbox => self.handle_commands(),
+                Target::Source(id) => self.handle_source_event(id, readiness),
+                Target::Process(id) => self.handle_process_end(id),
+                Target::Conn { upstream, conn } => {
+                    let mut context = Context {
+                        now: self.now,
+                        poller: &mut self.poller,
+                        spares: &mut self.spares,
+                        sources: &mut self.sources,
+                    };
+                    self.upstreams[upstream].handle_event(&mut context, conn, readiness);
+                }
+            }
+        }
+    }
+
+    fn handle_source_event(&mut self, id: SourceId, readiness: Readiness) {
+        let Some(source) = self.sources.table.get_mut(id) else {
+            return;
+        };
+        source.is_hung_up |= readiness.is_hung_up();
+        source.is_ending |= readiness.is_ending();
+        if readiness.is_readable() {
+            source.is_readable = true;
+            self.sources.make_ready(id);
+        }
+        if readiness.is_writable() {
+            self.sources.make_due(id);
+        }
+    }
+
+    fn handle_commands(&mut self) {
+        self.mailbox.clear_wake_ups();
+        while let Ok(command) = self.mailbox.try_receive() {
+            match command {
+                // The asker has given up if it cannot be answered.
+                Command::Status(answer) => drop(answer.try_send(self.snapshot())),
+                Command::Drain => self.begin_drain(),
+                Command::Stop => {
+                    self.begin_drain();
+                    self.phase = Phase::Draining {
+                        deadline: self.now,
+                        is_last_pass: false,
+                    };
+                }
+                Command::Resolved {
+                    upstream,
+                    addresses,
+                } => {
+                    self.upstreams[upstream]
+                        .pool
+                        .handle_resolved(self.now, addresses);
+                }
+            }
+        }
+    }
+
+    fn handle_deadlines(&mut self) {
+        while let Some(id) = self.sources.pop_overdue(self.now) {
+            self.handle_overdue(id);
+        }
+        for upstream in &mut self.upstreams {
+            if upstream.next_deadline().is_some_and(|at| at <= self.now) {
+                upstream.handle_timeout(self.now);
+            }
+        }
+        if self.listener.resumes_at.is_some_and(|at| at <= self.now) {
+            self.listener.resumes_at = None;
+            if let Some(fd) = &self.listener.fd {
+                self.poller.set_listening(fd, self.listener.token, true);
+            }
+        }
+        if self.discards_due_at <= self.now {
+            self.discards_due_at = self.now + DISCARD_INTERVAL;
+            self.upstreams
+                .iter_mut()
+                .for_each(Upstream::refresh_discards);
+        }
+        self.sources.feed_starved();
+    }
+
+    fn handle_overdue(&mut self, id: SourceId) {
+        let Some(source) = self.sources.table.get_mut(id) else {
+            return;
+        };
+        if let Some(reason) = source.session.handle_timeout(self.now) {
+            match &mut source.io {
+                Io::Fifo(_) => {
+                    // Whoever began the record is gone or stuck; the next one starts afresh. One
+                    // that was too long is counted already.
+                    let is_skipping = source.cutter.as_ref().is_some_and(Cutter::is_skipping);
+                    if !is_skipping {
+                        source.session.handle_refused(Some(0), Reason::Partial);
+                    }
+                    if let Some(buffer) = source.buffer.take() {
+                        self.spares.put_back(buffer);
+                    }
+                    if let Some(cutter) = &mut source.cutter {
+                        cutter.reset();
+                    }
+                }
+                Io::Unix(socket) if socket.descriptors() > 0 => {
+                    source.ended = Some(Reason::UnexpectedDescriptor);
+                }
+                Io::Unix(_) | Io::Pipe(_) | Io::Socketpair(_) => {
+                    let kind = match reason {
+                        Reason::PartialTimeout => Reason::Partial,
+                        reason => reason,
+                    };
+                    source.session.handle_refused(None, kind);
+                    source.ended = Some(reason);
+                }
+            }
+            self.sources.make_due(id);
+        }
+        self.sources.schedule(id);
+    }
+
+    fn serve_ready(&mut self) {
+        for _ in 0..self.sources.ready_count() {
+            let Some(id) = self.sources.pop_ready() else {
+                return;
+            };
+            let mut desk = Desk {
+                now: self.now,
+                upstreams: &mut self.upstreams,
+                spares: &mut self.spares,
+                limits: &self.limits,
+                dynamic: &self.dynamic,
+                deframer: self.deframer,
+                touched: &mut self.touched,
+                orders: &mut self.orders,
+                is_draining: self.phase != Phase::Running,
+            };
+            match intake::serve(&mut desk, &mut self.sources, id) {
+                Served::Again => self.sources.make_ready(id),
+                Served::Idle => {}
+                Served::Blocked { upstream } => {
+                    if let Some(source) = self.sources.table.get_mut(id) {
+                        source.is_blocked = true;
+                    }
+                    self.upstreams[upstream].block(id);
+                }
+                Served::Starved => self.sources.starve(id),
+                Served::Ended(reason) => {
+                    if let Some(source) = self.sources.table.get_mut(id) {
+                        source.ended = Some(reason);
+                    }
+                }
+            }
+            self.sources.make_due(id);
+            self.sources.schedule(id);
+            for order in std::mem::take(&mut self.orders) {
+                self.carry_out(order);
+            }
+            // A queue that is nearly full is sent before the next source finds it so.
+            for upstream in std::mem::take(&mut self.touched) {
+                if !self.upstreams[upstream].pool.has_room_again() {
+                    self.work_on(upstream);
+                }
+            }
+        }
+    }
+
+    fn work(&mut self) {
+        for upstream in 0..self.upstreams.len() {
+            self.work_on(upstream);
+        }
+    }
+
+    fn work_on(&mut self, upstream: usize) {
+        let mut context = Context {
+            now: self.now,
+            poller: &mut self.poller,
+            spares: &mut self.spares,
+            sources: &mut self.sources,
+        };
+        self.upstreams[upstream].work(&mut context);
+    }
+
+    fn tell_sources(&mut self) {
+        for id in self.sources.take_due() {
+            if self.sources.pump(id) {
+                self.end(id);
+            }
+        }
+    }
+
+    // Clients.
+
+    fn accept_clients(&mut self) {
+        for _ in 0..ACCEPTS_MAX {
+            let Some(listener) = &self.listener.fd else {
+                return;
+            };
+            match unix::accept(listener) {
+                Ok((socket, credentials)) => {
+                    let pid = credentials.pid.as_raw_nonzero().get();
+                    let peer = Peer {
+                        pid,
+                        uid: credentials.uid.as_raw(),
+                    };
+                    self.add_client(Io::Unix(socket), peer);
+                }
+                Err(Errno::AGAIN) => return,
+                Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                    return self.turn_one_away();
+                }
+                // The client that waited is gone, or the like: there may be others.
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// No descriptor is left: one client is told so with the spare one, then the listener rests.
+    fn turn_one_away(&mut self) {
+        self.listener.refused.add(Reason::Quota, 1);
+        self.listener.spare = None;
+        if let Some(listener) = &self.listener.fd {
+            if let Ok((mut socket, _)) = unix::accept(listener) {
+                let text = "the broker has no file descriptor left: raise its LimitNOFILE";
+                refuse_client(&mut socket.stream, Reason::Quota, text.to_owned());
+            }
+            self.poller
+                .set_listening(listener, self.listener.token, false);
+        }
+        self.listener.spare = spare_descriptor();
+        if self.listener.resumes_at.is_none() {
+            tracing::warn!("no file descriptor left for another client: raise LimitNOFILE");
+        }
+        self.listener.resumes_at = Some(self.now + ACCEPT_PAUSE);
+    }
+
+    fn add_client(&mut self, mut io: Io, peer: Peer) {
+        let charge = match self.quotas.charge(peer.uid, Resource::Sessions, 1) {
+            Ok(charge) => charge,
+            Err(exceeded) => {
+                self.listener.refused.add(Reason::Quota, 1);
+                if let Some(stream) = io.stream_mut() {
+                    let uid = peer.uid;
+                    let text = format!(
+                        "{}: uid {uid} may have {} sessions now (sessions_percent_max of the \
+                         broker's LimitNOFILE)",
+                        Reason::Quota,
+                        exceeded.limit
+                    );
+                    refuse_client(stream, Reason::Quota, text);
+                }
+                return;
+            }
+        };
+        let id = self.take_session_id();
+        let session = Session::connected(self.now, id, peer, self.session_limits());
+        let source = Source {
+            _session_charge: Some(charge),
+            buffer_charge: self.quotas.charge(peer.uid, Resource::QueuedBytes, 0).ok(),
+            descriptor_charge: self.quotas.charge(peer.uid, Resource::Descriptors, 0).ok(),
+            ..self.new_source(session, io, None, Framing::Raw)
+        };
+        self.listener.accepted += 1;
+        if let Err((error, _)) = self.add_source(source) {
+            tracing::error!(%error, "a client cannot be watched");
+        }
+    }
+
+    fn add_fifo(&mut self, fifo: OpenFifo) -> Result<(), Errno> {
+        let peer = Peer {
+            pid: 0,
+            uid: rustix::process::geteuid().as_raw(),
+        };
+        let id = self.take_session_id();
+        let limits = self.session_limits();
+        let session = Session::bound(id, peer, Transport::Fifo, limits, fifo.upstream);
+        let record_max = self.limits.fifo_record_bytes_max - fifo.framing.overhead_bytes();
+        let message_max = self.upstreams[fifo.upstream]
+            .config
+            .limits
+            .message_bytes_max;
+        let cutter = Cutter::new(fifo.framing, record_max.min(message_max));
+        let source = self.new_source(session, Io::Fifo(fifo.fd), Some(cutter), fifo.framing);
+        let id = self.add_source(source).map_err(|(error, _)| error)?;
+        self.fifo_paths.push((id, fifo.path));
+        Ok(())
+    }
+
+    fn new_source(
+        &self,
+        session: Session,
+        io: Io,
+        cutter: Option<Cutter>,
+        framing: Framing,
+    ) -> Source {
+        Source {
+            session,
+            io,
+            token: Token::default(),
+            buffer: None,
+            cutter,
+            framing,
+            is_readable: true,
+            is_ending: false,
+            is_hung_up: false,
+            is_ready: false,
+            is_blocked: false,
+            awaits_reply: false,
+            ended: None,
+            parent: None,
+            children: 0,
+            _session_charge: None,
+            buffer_charge: None,
+            descriptor_charge: None,
+            scheduled_at: None,
+        }
+    }
+
+    fn add_source(&mut self, source: Source) -> Result<SourceId, (Errno, Box<Source>)> {
+        let id = self.sources.table.insert(source);
+        let watched = self
+            .poller
+            .watch(&self.sources.table[id].io, Target::Source(id));
+        match watched {
+            Ok(token) => {
+                self.sources.table[id].token = token;
+                self.sources.schedule(id);
+                // It may have been written to before it was watched.
+                self.sources.make_ready(id);
+                Ok(id)
+            }
+            Err(error) => {
+                let source = self.sources.remove(id).expect("it was inserted above");
+                Err((error, Box::new(source)))
+            }
+        }
+    }
+
+    fn take_session_id(&mut self) -> u64 {
+        let id = self.next_session_id;
+        self.next_session_id += 1;
+        id
+    }
+
+    fn session_limits(&self) -> SessionLimits {
+        SessionLimits {
+            handshake_timeout: self.limits.handshake_timeout,
+            partial_timeout: self.limits.partial_timeout,
+            descriptor_timeout: self.limits.descriptor_timeout,
+            requests_in_flight_max: self.limits.requests_in_flight_max,
+        }
+    }
+
+    // Passed descriptors.
+
+    fn carry_out(&mut self, order: Order) {
+        let Order::Attach {
+            source,
+            correlation,
+            upstream,
+            attachment,
+            descriptor,
+        } = order;
+        let answer = self.attach(source, upstream, attachment, descriptor);
+        let Some(parent) = self.sources.table.get_mut(source) else {
+            return;
+        };
+        match answer {
+            Ok(session) => {
+                parent.children += 1;
+                let message = BrokerMessage::Attached { session };
+                parent.tell_control(Kind::Control, correlation, &message);
+            }
+            Err(reason) => {
+                parent.session.handle_refused(None, reason);
+                let text = match reason {
+                    Reason::BadDescriptor => format!("{reason}: {}", wanted(attachment)),
+                    reason => reason.to_string(),
+                };
+                let failure = Failure {
+                    reason,
+                    retry: Retry::NotSent,
+                    text,
+                };
+                parent.tell_control(Kind::Failure, correlation, &failure);
+            }
+        }
+        self.sources.make_due(source);
+    }
+
+    /// Reads a passed descriptor as a session of its own; its id.
+    fn attach(
+        &mut self,
+        parent: SourceId,
+        upstream: usize,
+        attachment: Attachment,
+        descriptor: OwnedFd,
+    ) -> Result<u64, Reason> {
+        let peer = match self.sources.table.get(parent) {
+            Some(parent) if self.phase == Phase::Running => parent.session.peer,
+            _ => {
+                self.closer.close(descriptor);
+                return Err(Reason::ShuttingDown);
+            }
+        };
+        let charges = (
+            self.quotas.charge(peer.uid, Resource::Sessions, 1),
+            self.quotas.charge(peer.uid, Resource::QueuedBytes, 0),
+        );
+        let (Ok(session_charge), Ok(buffer_charge)) = charges else {
+            self.closer.close(descriptor);
+            return Err(Reason::Quota);
+        };
+        let config = &self.upstreams[upstream].config;
+        let message_bytes_max = config.limits.message_bytes_max;
+        let (io, transport, framing) = match attachment {
+            Attachment::Pipe => (
+                Pipe::from_passed(descriptor).map(Io::Pipe),
+                Transport::Pipe,
+                Framing::Lines,
+            ),
+            Attachment::Socketpair => {
+                let io = Stream::from_passed(descriptor).map(Io::Socketpair);
+                (io, Transport::Socketpair, config.url.framing)
+            }
+        };
+        let io = match io {
+            Ok(io) => io,
+            Err(descriptor) => {
+                self.closer.close(descriptor);
+                return Err(Reason::BadDescriptor);
+            }
+        };
+        let id = self.take_session_id();
+        let session = Session::bound(id, peer, transport, self.session_limits(), upstream);
+        let cutter = Cutter::new(framing, message_bytes_max);
+        let source = Source {
+            parent: Some(parent),
+            _session_charge: Some(session_charge),
+            buffer_charge: Some(buffer_charge),
+            ..self.new_source(session, io, Some(cutter), framing)
+        };
+        match self.add_source(source) {
+            Ok(_) => {
+                self.watch_process(parent);
+                Ok(id)
+            }
+            Err((error, source)) => {
+                tracing::warn!(%error, "a passed descriptor cannot be watched");
+                self.closer.close(source.io.into_descriptor().0);
+                Err(Reason::BadDescriptor)
+            }
+        }
+    }
+
+    /// From its first passed descriptor on, the death of a client shows by its pidfd: what it
+    /// passed may keep its own socket open (M8, E8g).
+    fn watch_process(&mut self, id: SourceId) {
+        if self.pidfds.contains_key(id) {
+            return;
+        }
+        let Some(source) = self.sources.table.get(id) else {
+            return;
+        };
+        // Before Linux 6.5 there is none; a client is then gone when its socket says so.
+        if let Ok(pidfd) = sockopt::peer_pidfd(&source.io)
+            && let Ok(token) = self.poller.watch(&pidfd, Target::Process(id))
+        {
+            self.pidfds.insert(id, (pidfd, token));
+        }
+    }
+
+    fn handle_process_end(&mut self, id: SourceId) {
+        if let Some(source) = self.sources.table.get_mut(id) {
+            source.is_hung_up = true;
+            source.is_readable = true;
+            if source.ended.is_none() && source.io.stream().is_some() {
+                // What it wrote is still taken; then its socket shows its end.
+                if let Io::Unix(socket) = &source.io {
+                    socket.stream.stop_reading();
+                }
+            }
+            self.sources.make_ready(id);
+            self.sources.make_due(id);
+        }
+    }
+
+    // Endings.
+
+    /// Removes a source that is done: cancels its requests, closes its descriptor, tells the
+    /// session that attached it.
+    fn end(&mut self, id: SourceId) {
+        let reason = self.sources.table.get(id).and_then(|source| source.ended);
+        let reason = reason.unwrap_or(Reason::Internal);
+        for (upstream, request) in self.sources.requests(id) {
+            self.upstreams[upstream].pool.cancel(self.now, request);
+            self.work_on(upstream);
+        }
+        let Some(mut source) = self.sources.remove(id) else {
+            return;
+        };
+        let session = source.session.id;
+        tracing::debug!(session, pid = source.session.peer.pid, %reason, "session ended");
+        if reason == Reason::Drained && matches!(source.io, Io::Unix(_)) {
+            let upstreams = source.session.all_outcomes();
+            let goodbye = BrokerMessage::Goodbye {
+                reason: Reason::ShuttingDown,
+                upstreams,
+            };
+            source.tell_control(Kind::Control, 0, &goodbye);
+        }
+        if let Some(stream) = source.io.stream_mut() {
+            let _ = stream.flush();
+        }
+        self.poller.unwatch(&source.io, source.token);
+        if let Some((pidfd, token)) = self.pidfds.remove(id) {
+            self.poller.unwatch(&pidfd, token);
+        }
+        if let Some(parent) = source.parent
+            && let Some(parent_source) = self.sources.table.get_mut(parent)
+        {
+            parent_source.children -= 1;
+            let outcomes = source.session.outcomes(0);
+            let message = BrokerMessage::Detached {
+                session,
+                reason,
+                outcomes,
+            };
+            parent_source.tell_control(Kind::Control, 0, &message);
+            self.sources.make_due(parent);
+        }
+        if let Some(buffer) = source.buffer.take() {
+            self.spares.put_back(buffer);
+        }
+        let (descriptor, is_passed) = source.io.into_descriptor();
+        if is_passed {
+            self.closer.close(descriptor);
+        }
+    }
+
+    // Shutting down.
+
+    fn begin_drain(&mut self) {
+        if self.phase != Phase::Running {
+            return;
+        }
+        let deadline = self.now + self.limits.drain_timeout;
+        self.phase = Phase::Draining {
+            deadline,
+            is_last_pass: false,
+        };
+        if let Some(listener) = self.listener.fd.take() {
+            self.poller.unwatch(&listener, self.listener.token);
+        }
+        let ids: Vec<_> = self.sources.table.keys().collect();
+        for id in ids {
+            let source = &mut self.sources.table[id];
+            // A client's next write fails; what it wrote before is read to its end.
+            if let Some(stream) = source.io.stream() {
+                stream.stop_reading();
+            }
+            source.is_readable = true;
+            self.sources.make_ready(id);
+        }
+    }
+
+    /// Takes the next step of shutting down, if it is time.
+    fn advance_drain(&mut self) -> Option<Ending> {
+        match self.phase {
+            Phase::Running => None,
+            Phase::Draining { deadline, .. } if self.now >= deadline => {
+                self.abandon();
+                self.begin_closing(
+                    self.now + self.limits.drain_timeout.min(Duration::from_secs(1)),
+                );
+                None
+            }
+            Phase::Draining {
+                deadline,
+                is_last_pass,
+            } => {
+                let is_quiet = self.sources.ready_count() == 0
+                    && !self.sources.has_starved()
+                    && self
+                        .upstreams
+                        .iter()
+                        .all(|upstream| upstream.pool.is_settled())
+                    && self.sources.table.values().all(is_at_its_end);
+                if !is_quiet {
+                    self.phase = Phase::Draining {
+                        deadline,
+                        is_last_pass: false,
+                    };
+                } else if is_last_pass {
+                    self.begin_closing(deadline);
+                } else {
+                    // FIFOs and pipes have no end of their own: one more look at all of them.
+                    for id in self.sources.table.keys().collect::<Vec<_>>() {
+                        self.sources.table[id].is_readable = true;
+                        self.sources.make_ready(id);
+                    }
+                    self.phase = Phase::Draining {
+                        deadline,
+                        is_last_pass: true,
+                    };
+                }
+                None
+            }
+            Phase::Closing { deadline } => {
+                let closed = self.upstreams.iter().all(Upstream::is_closed);
+                let told = self
+                    .sources
+                    .table
+                    .values()
+                    .all(|s| matches!(s.io, Io::Fifo(_)));
+                ((closed && told) || self.now >= deadline).then(|| self.ending())
+            }
+        }
+    }
+
+    fn begin_closing(&mut self, deadline: Time) {
+        self.phase = Phase::Closing { deadline };
+        // Attached pipes first, so that their parents hear of it.
+        let mut ids: Vec<_> = self.sources.table.keys().collect();
+        ids.sort_by_key(|id| self.sources.table[*id].parent.is_none());
+        for id in ids {
+            let source = &mut self.sources.table[id];
+            if source
+                .buffer
+                .take()
+                .is_some_and(|buffer| !buffer.is_empty())
+            {
+                let handle = source.cutter.is_some().then_some(0);
+                source.session.handle_refused(handle, Reason::Partial);
+            }
+            if !matches!(source.io, Io::Fifo(_)) {
+                source.ended = Some(Reason::Drained);
+                self.end(id);
+            }
+        }
+        for upstream in 0..self.upstreams.len() {
+            self.upstreams[upstream].pool.close_down(self.now);
+            self.work_on(upstream);
+        }
+    }
+
+    /// The time to drain is over: what is not sent now is dropped and counted.
+    fn abandon(&mut self) {
+        for upstream in 0..self.upstreams.len() {
+            let pool = &mut self.upstreams[upstream].pool;
+            self.given_up += pool.queued() + pool.in_flight() as u64;
+            // Twice: a message that was partly written goes once its connection is closed.
+            for _ in 0..2 {
+                self.upstreams[upstream]
+                    .pool
+                    .abandon(self.now, Reason::DrainTimeout);
+                self.work_on(upstream);
+            }
+        }
+        for source in self.sources.table.values_mut() {
+            let unread = source
+                .buffer
+                .as_ref()
+                .is_some_and(|buffer| !buffer.is_empty());
+            let pending = rustix::io::ioctl_fionread(&source.io).unwrap_or(0);
+            if unread || pending > 0 {
+                self.given_up += 1;
+                tracing::warn!(
+                    session = source.session.id,
+                    transport = source.session.transport.name(),
+                    unread_bytes = pending,
+                    "not everything could be read before drain_timeout"
+                );
+            }
+        }
+    }
+
+    fn ending(&self) -> Ending {
+        match self.given_up {
+            0 => Ending::Clean,
+            messages => Ending::Undelivered { messages },
+        }
+    }
+
+    fn snapshot(&mut self) -> Snapshot {
+        let client_socket = ListenerSnapshot {
+            kind: "unix",
+            path: self.listener.path.clone(),
+            upstream: None,
+            accepted: self.listener.accepted,
+            refused: by_reason(&self.listener.refused),
+        };
+        let fifos = self.fifo_paths.iter().filter_map(|(id, path)| {
+            let session = &self.sources.table.get(*id)?.session;
+            let upstream = session.upstream(0)?;
+            Some(ListenerSnapshot {
+                kind: "fifo",
+                path: path.clone(),
+                upstream: Some(self.upstreams[upstream].config.name.clone()),
+                accepted: session.accepted(),
+                refused: by_reason(&session.refused()),
+            })
+        });
+        let listeners = std::iter::once(client_socket).chain(fifos).collect();
+        let (now, sources) = (self.now, &self.sources);
+        let upstreams = self
+            .upstreams
+            .iter_mut()
+            .map(|upstream| upstream.snapshot(now, sources))
+            .collect();
+        Snapshot {
+            version: env!("CARGO_PKG_VERSION"),
+            pid: std::process::id(),
+            uptime_s: self.now.since(Time::default()).as_secs(),
+            runtime_dir: self.runtime_dir.clone(),
+            state: if self.phase == Phase::Running {
+                "running"
+            } else {
+                "draining"
+            },
+            upstreams,
+            listeners,
+            sessions: self.sources.snapshot(),
+        }
+    }
+}
+
+/// Whether a source has nothing more to hand over, as far as is known.
+fn is_at_its_end(source: &Source) -> bool {
+    match source.io {
+        // Read to the end, and told; or kept by what it attached.
+        Io::Unix(_) => source.ended.is_some() && source.children > 0,
+        Io::Socketpair(_) => false,
+        Io::Fifo(_) | Io::Pipe(_) => !source.is_blocked,
+    }
+}
+
+fn wanted(attachment: Attachment) -> &'static str {
+    match attachment {
+        Attachment::Pipe => "the read end of a pipe or FIFO is wanted",
+        Attachment::Socketpair => "one end of a Unix stream socketpair is wanted",
+    }
+}
+
+fn refuse_client(stream: &mut Stream, reason: Reason, text: String) {
+    let failure = Failure {
+        reason,
+        retry: Retry::NotSent,
+        text,
+    };
+    let header = poolbroker_proto::frame::FrameHeader::new(Kind::Failure);
+    if let Ok(body) = poolbroker_proto::message::encode(&failure)
+        && header.append(&body, stream.out()).is_ok()
+    {
+        // A fresh socket takes this; if not, the client sees the end alone.
+        let _ = stream.flush();
+    }
+}
+
+/// A descriptor to give up when there is no other (R1).
+fn spare_descriptor() -> Option<OwnedFd> {
+    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).ok()
+}

@@ -1,0 +1,886 @@
+//! One upstream at work: carries out what its [`Pool`] decides, on real sockets.
+//!
+//! Bytes lie here and nowhere else: one-way messages back to back in the send buffer, the body of
+//! a waiting request under its id, the request being written on its connection. Everything that
+//! sources must learn goes through [`Sources`].
+
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
+use poolbroker_proto::address::Protocol;
+use poolbroker_proto::framing::{Cut, Cutter, Framing};
+use poolbroker_proto::message::{Failure, Retry};
+use poolbroker_proto::reason::Reason;
+use rustix::io::Errno;
+use slotmap::SecondaryMap;
+
+use super::Target;
+use super::sources::Sources;
+use crate::buffer::{ReceiveBuffer, SendBuffer, Spares};
+use crate::config::{BrokerLimits, Overflow, UpstreamConfig};
+use crate::inflight::{Owner, RequestId};
+use crate::poller::{Poller, Readiness, Token};
+use crate::pool::{Acquire, Action, After, Conn, ConnId, Pool, PoolSettings, Role, State};
+use crate::session::SourceId;
+use crate::snapshot::{ConnectionSnapshot, UpstreamSnapshot, by_reason};
+use crate::stats::RequestEnd;
+use crate::timers::Time;
+use crate::upstream::udp::{self, Discard, Unsent};
+use crate::upstream::{broken, connect_failure, sockopt, tcp};
+
+/// Reads of one connection in a row before others have their turn.
+const READS_MAX: usize = 16;
+
+/// Batches of datagrams sent in a row before others have their turn.
+const BATCHES_MAX: usize = 64;
+
+/// What the shard lends to an upstream while it works.
+pub struct Context<'a> {
+    /// This turn's moment.
+    pub now: Time,
+    /// Where sockets are watched.
+    pub poller: &'a mut Poller<Target>,
+    /// Receive buffers.
+    pub spares: &'a mut Spares,
+    /// Who is told.
+    pub sources: &'a mut Sources,
+}
+
+/// What became of a one-way message.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Push {
+    /// Staged: part of the run that [`Upstream::accept`] ends.
+    Staged,
+    /// The queue is full: it stays in its source.
+    Full,
+    /// The queue is full, and the policy is to drop it.
+    Dropped,
+    /// It never gets in.
+    Refused(Reason),
+}
+
+/// One upstream. See the module's text.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Name, URL, limits.
+    pub config: UpstreamConfig,
+    /// Its decisions.
+    pub pool: Pool,
+    index: usize,
+    send_buffer: SendBuffer,
+    sockets: SecondaryMap<ConnId, Socket>,
+    bodies: SecondaryMap<RequestId, Vec<u8>>,
+    /// Sources that found the queue full.
+    blocked: Vec<SourceId>,
+    /// Connections with more to read than one turn allows.
+    unread: Vec<ConnId>,
+    udp: udp::Sender,
+    /// The datagram at the front was refused once.
+    is_retry: bool,
+    pause: Option<Pause>,
+    nobuf_backoff: (Duration, Duration),
+    icmp_refused: u64,
+}
+
+/// ENOBUFS: nothing is sent until then.
+#[derive(Debug, Clone, Copy)]
+struct Pause {
+    until: Time,
+    length: Duration,
+}
+
+/// The I/O half of a connection.
+#[derive(Debug)]
+struct Socket {
+    fd: OwnedFd,
+    token: Token,
+    local: Option<SocketAddr>,
+    is_connected: bool,
+    is_readable: bool,
+    is_writable: bool,
+    is_ending: bool,
+    discard: Discard,
+    drops_seen: u32,
+    /// The request being written.
+    out: Vec<u8>,
+    written: usize,
+    input: Option<ReceiveBuffer>,
+    cutter: Cutter,
+}
+
+impl Upstream {
+    /// An upstream without connections.
+    pub fn new(index: usize, config: UpstreamConfig, broker: &BrokerLimits, seed: u64) -> Self {
+        let protocol = config.url.protocol;
+        let requests_refused = match (protocol, config.url.framing) {
+            (Protocol::UdpWriteOnly, _) => Some(Reason::WriteOnly),
+            (Protocol::Tcp, Framing::Raw) => Some(Reason::NoFraming),
+            (Protocol::Tcp | Protocol::Udp, _) => None,
+        };
+        let limits = config.limits.clone();
+        Upstream {
+            pool: Pool::new(PoolSettings {
+                protocol,
+                limits,
+                requests_refused,
+                seed,
+            }),
+            config,
+            index,
+            send_buffer: SendBuffer::default(),
+            sockets: SecondaryMap::new(),
+            bodies: SecondaryMap::new(),
+            blocked: Vec::new(),
+            unread: Vec::new(),
+            udp: udp::Sender::new(),
+            is_retry: false,
+            pause: None,
+            nobuf_backoff: (broker.nobuf_backoff_min, broker.nobuf_backoff_max),
+            icmp_refused: 0,
+        }
+    }
+
+    /// When [`Upstream::handle_timeout`] is due.
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.pool
+            .next_deadline()
+            .into_iter()
+            .chain(self.pause.map(|pause| pause.until))
+            .min()
+    }
+
+    /// Whether there is work that no event will announce.
+    pub fn has_work(&self) -> bool {
+        !self.unread.is_empty() || (self.pause.is_none() && self.writable_one_way().is_some())
+    }
+
+    /// Whether no connection is left.
+    pub fn is_closed(&self) -> bool {
+        self.sockets.is_empty()
+    }
+
+    // From sources.
+
+    /// Stages one one-way message. Its checks run on the copy that will be sent.
+    pub fn push(&mut self, body: &[u8]) -> Push {
+        if body.is_empty() {
+            return Push::Refused(Reason::Empty);
+        }
+        if body.len() > self.config.limits.message_bytes_max {
+            return Push::Refused(Reason::TooLong);
+        }
+        let framing = self.wire_framing();
+        let bytes = body.len() + framing.overhead_bytes();
+        if !self.pool.has_room(bytes) {
+            match self.config.overflow {
+                Overflow::Block => return Push::Full,
+                Overflow::DropNewest => return Push::Dropped,
+                Overflow::DropOldest => {
+                    while !self.pool.has_room(bytes) {
+                        let Some((skip, bytes)) = self.pool.drop_oldest() else {
+                            return Push::Dropped;
+                        };
+                        self.send_buffer.cut(skip, bytes);
+                    }
+                }
+            }
+        }
+        match self.send_buffer.append(|out| framing.encode(body, out)) {
+            Ok(bytes) => {
+                self.pool.stage(bytes);
+                Push::Staged
+            }
+            Err(reason) => Push::Refused(reason),
+        }
+    }
+
+    /// Accepts the staged messages of `source`; how many they are.
+    pub fn accept(&mut self, now: Time, source: SourceId) -> u64 {
+        self.pool.accept(now, source)
+    }
+
+    /// Remembers that a source waits for room.
+    pub fn block(&mut self, source: SourceId) {
+        self.blocked.push(source);
+    }
+
+    /// Starts a request; its end comes through [`Sources`], unless it is refused at once.
+    pub fn request(
+        &mut self,
+        now: Time,
+        owner: Owner,
+        body: &[u8],
+        timeout: Option<Duration>,
+    ) -> Result<RequestId, Failure> {
+        let refused = if body.is_empty() {
+            Some(Reason::Empty)
+        } else if body.len() > self.config.limits.message_bytes_max {
+            Some(Reason::TooLong)
+        } else {
+            None
+        };
+        let mut bytes = Vec::new();
+        let encoded = match refused {
+            Some(reason) => Err(reason),
+            None => self.wire_framing().encode(body, &mut bytes),
+        };
+        if let Err(reason) = encoded {
+            self.pool.refuse_request(reason);
+            return Err(self.failure(RequestEnd::Refused(reason), false));
+        }
+        match self
+            .pool
+            .request(now, owner, timeout.map(|timeout| now + timeout))
+        {
+            Acquire::Granted { request, conn } => {
+                self.write_request(now, conn, bytes);
+                Ok(request)
+            }
+            Acquire::Queued { request } => {
+                self.bodies.insert(request, bytes);
+                Ok(request)
+            }
+            Acquire::Refused(reason) => Err(self.failure(RequestEnd::Refused(reason), false)),
+        }
+    }
+
+    // From the loop.
+
+    /// Something happened to a socket.
+    pub fn handle_event(&mut self, cx: &mut Context<'_>, conn: ConnId, readiness: Readiness) {
+        let Some(socket) = self.sockets.get_mut(conn) else {
+            return;
+        };
+        socket.is_writable |= readiness.is_writable();
+        socket.is_readable |= readiness.is_readable();
+        socket.is_ending |= readiness.is_ending();
+        if !socket.is_connected {
+            if readiness.is_writable() {
+                self.finish_connect(cx.now, conn);
+            }
+            return;
+        }
+        if readiness.is_error() && self.config.url.protocol != Protocol::Tcp {
+            self.icmp_refused += udp::drain_error_queue(&socket.fd);
+        }
+        if readiness.is_readable() {
+            self.read(cx, conn);
+        }
+        if readiness.is_writable() {
+            self.write_rest(cx.now, conn);
+        }
+    }
+
+    /// Deadlines have come.
+    pub fn handle_timeout(&mut self, now: Time) {
+        if self.pause.is_some_and(|pause| pause.until <= now) {
+            // What is left of the pause is its length, the measure of the next one.
+            let length = self.pause.map_or(Duration::ZERO, |pause| pause.length);
+            self.pause = None;
+            self.send_after_pause(now, length);
+        }
+        self.pool.handle_timeout(now);
+    }
+
+    /// Does everything that can be done now: once per turn.
+    pub fn work(&mut self, cx: &mut Context<'_>) {
+        for conn in std::mem::take(&mut self.unread) {
+            self.read(cx, conn);
+        }
+        self.carry_out(cx);
+        match self.config.url.protocol {
+            Protocol::Tcp => self.send_stream(cx.now),
+            Protocol::Udp | Protocol::UdpWriteOnly if self.pause.is_none() => {
+                self.send_datagrams(cx.now, Duration::ZERO);
+            }
+            Protocol::Udp | Protocol::UdpWriteOnly => {}
+        }
+        self.carry_out(cx);
+        if !self.blocked.is_empty() && self.pool.has_room_again() {
+            for source in self.blocked.drain(..) {
+                cx.sources.unblock(source);
+            }
+        }
+    }
+
+    /// Adds what the kernel has dropped since the last look.
+    pub fn refresh_discards(&mut self) {
+        let conns: Vec<_> = self.sockets.keys().collect();
+        for conn in conns {
+            self.refresh_discard(conn);
+        }
+    }
+
+    /// Everything `status` shows of it.
+    pub fn snapshot(&mut self, now: Time, sources: &Sources) -> UpstreamSnapshot {
+        self.refresh_discards();
+        let pool = &self.pool;
+        let one_way = self.sockets.values().map(|socket| socket.discard);
+        let discard = one_way
+            .filter(|discard| *discard != Discard::None)
+            .max_by_key(|discard| *discard == Discard::Drain);
+        let discard = match (discard, self.config.url.protocol) {
+            (Some(discard), _) => discard,
+            (None, Protocol::UdpWriteOnly) => Discard::Filter,
+            (None, Protocol::Tcp | Protocol::Udp) => Discard::None,
+        };
+        let connection = |(conn, record): (ConnId, &Conn)| {
+            let socket = self.sockets.get(conn);
+            let holder = pool
+                .holder(conn)
+                .and_then(|owner| sources.session_id(owner.source));
+            ConnectionSnapshot {
+                protocol: self.config.url.protocol.scheme(),
+                role: record.role.name(),
+                remote: record.remote.to_string(),
+                local: socket.and_then(|s| s.local).map(|local| local.to_string()),
+                fd: socket.map_or(-1, |socket| socket.fd.as_raw_fd()),
+                state: record.state.name(),
+                age_s: now.since(record.opened_at).as_secs(),
+                uses: record.uses,
+                messages_out: record.messages_out,
+                bytes_out: record.bytes_out,
+                messages_in: record.messages_in,
+                bytes_in: record.bytes_in,
+                replies_discarded: record.replies_discarded,
+                session: holder,
+            }
+        };
+        let maxwait = pool
+            .oldest_waiter()
+            .map_or(Duration::ZERO, |since| now.since(since));
+        UpstreamSnapshot {
+            name: self.config.name.clone(),
+            protocol: self.config.url.protocol.scheme(),
+            addresses: pool.addresses().iter().map(ToString::to_string).collect(),
+            discard: discard.name(),
+            replies_discarded: pool.replies_discarded(),
+            breaker: pool.breaker().name(),
+            last_failure: pool.last_failure().map(Reason::name),
+            accepted: pool.ledger.accepted,
+            sent: pool.ledger.sent,
+            dropped: by_reason(&pool.ledger.dropped),
+            expired: pool.ledger.expired,
+            queued: pool.queued(),
+            in_doubt: pool.ledger.in_doubt,
+            redelivered: 0,
+            icmp_refused: self.icmp_refused,
+            requests: pool.counts.requests,
+            replied: pool.counts.replied,
+            timed_out: pool.counts.timed_out,
+            refused: by_reason(&pool.counts.refused),
+            failed: by_reason(&pool.counts.failed),
+            in_flight: pool.in_flight() as u64,
+            waiters: pool.waiters() as u64,
+            maxwait_ms: u64::try_from(maxwait.as_millis()).unwrap_or(u64::MAX),
+            connections: pool.conns().map(connection).collect(),
+            connections_opened: pool.opened,
+            connections_closed: by_reason(&pool.closed),
+        }
+    }
+
+    // Carrying out.
+
+    fn carry_out(&mut self, cx: &mut Context<'_>) {
+        while let Some(action) = self.pool.poll_action() {
+            match action {
+                Action::Connect { conn, role, remote } => self.connect(cx, conn, role, remote),
+                Action::Dispatch { conn, request } => {
+                    if let Some(bytes) = self.bodies.remove(request) {
+                        self.write_request(cx.now, conn, bytes);
+                    }
+                }
+                Action::Fail {
+                    request,
+                    owner,
+                    end,
+                    was_sent,
+                } => {
+                    self.bodies.remove(request);
+                    let failure = self.failure(end, was_sent);
+                    cx.sources.fail(owner, failure);
+                }
+                Action::Drain { conn } => {
+                    let finished = self.sockets.get(conn).map(|s| tcp::finish_writing(&s.fd));
+                    if !matches!(finished, Some(Ok(()))) {
+                        self.pool
+                            .handle_lost(cx.now, conn, Reason::PeerReset, false);
+                    }
+                }
+                Action::Retire { conn } => {
+                    if let Some(socket) = self.sockets.get_mut(conn) {
+                        socket.discard = udp::make_deaf(&socket.fd);
+                        socket.drops_seen = sockopt::mem_info(&socket.fd).map_or(0, |i| i.drops);
+                    }
+                }
+                Action::Close { conn, reason } => self.close(cx, conn, reason),
+                Action::Discard { skip, bytes } => self.send_buffer.cut(skip, bytes),
+                Action::Settle {
+                    source,
+                    settled,
+                    messages,
+                } => {
+                    cx.sources.settle(source, self.index, settled, messages);
+                }
+            }
+        }
+    }
+
+    fn connect(&mut self, cx: &mut Context<'_>, conn: ConnId, role: Role, remote: SocketAddr) {
+        let is_tcp = self.config.url.protocol == Protocol::Tcp;
+        let opened = if is_tcp {
+            tcp::start_connect(remote, &self.config.limits).map(|fd| (fd, Discard::None))
+        } else {
+            udp::open(remote, role == Role::Exchange)
+        };
+        let opened = opened.and_then(|(fd, discard)| {
+            let token = cx.poller.watch(
+                &fd,
+                Target::Conn {
+                    upstream: self.index,
+                    conn,
+                },
+            )?;
+            Ok((fd, discard, token))
+        });
+        let (fd, discard, token) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                let reason = connect_failure(error);
+                tracing::debug!(upstream = self.config.name, %remote, %error, "connect failed");
+                self.pool.handle_connect_failed(cx.now, conn, reason);
+                return;
+            }
+        };
+        let local = local_address(&fd);
+        let cutter = Cutter::new(
+            self.config.url.framing,
+            self.config.limits.message_bytes_max,
+        );
+        self.sockets.insert(
+            conn,
+            Socket {
+                fd,
+                token,
+                local,
+                is_connected: !is_tcp,
+                is_readable: false,
+                is_writable: !is_tcp,
+                is_ending: false,
+                discard,
+                drops_seen: 0,
+                out: Vec::new(),
+                written: 0,
+                input: None,
+                cutter,
+            },
+        );
+        if !is_tcp {
+            self.pool.handle_connected(cx.now, conn);
+        }
+    }
+
+    fn finish_connect(&mut self, now: Time, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else {
+            return;
+        };
+        match tcp::connect_result(&socket.fd) {
+            Ok(()) => {
+                socket.is_connected = true;
+                socket.local = local_address(&socket.fd);
+                if self.pool.last_failure().is_some() {
+                    tracing::info!(upstream = self.config.name, "connected again");
+                }
+                self.pool.handle_connected(now, conn);
+            }
+            Err(error) => {
+                let reason = connect_failure(error);
+                if self.pool.last_failure() != Some(reason) {
+                    tracing::warn!(
+                        upstream = self.config.name, url = %self.config.url, %error,
+                        "cannot connect; trying again with backoff"
+                    );
+                }
+                self.pool.handle_connect_failed(now, conn, reason);
+            }
+        }
+    }
+
+    fn close(&mut self, cx: &mut Context<'_>, conn: ConnId, reason: Reason) {
+        self.refresh_discard(conn);
+        let mut unacknowledged = 0;
+        if let Some(socket) = self.sockets.remove(conn) {
+            tracing::debug!(
+                upstream = self.config.name, fd = socket.fd.as_raw_fd(), %reason,
+                "connection closed"
+            );
+            if self.config.url.protocol == Protocol::Tcp && socket.is_connected {
+                unacknowledged = sockopt::unacknowledged_bytes(&socket.fd).unwrap_or(0);
+            }
+            cx.poller.unwatch(&socket.fd, socket.token);
+            if let Some(buffer) = socket.input {
+                cx.spares.put_back(buffer);
+            }
+        }
+        self.pool.handle_closed(cx.now, conn, unacknowledged);
+    }
+
+    fn refresh_discard(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else {
+            return;
+        };
+        if socket.discard != Discard::Filter {
+            return;
+        }
+        if let Ok(info) = sockopt::mem_info(&socket.fd)
+            && let Some(record) = self.pool.conn_mut(conn)
+        {
+            // The kernel's counter is 32 bits and wraps; its differences do not lie.
+            record.replies_discarded += u64::from(info.drops.wrapping_sub(socket.drops_seen));
+            socket.drops_seen = info.drops;
+        }
+    }
+
+    // Requests.
+
+    fn write_request(&mut self, now: Time, conn: ConnId, bytes: Vec<u8>) {
+        let Some(socket) = self.sockets.get_mut(conn) else {
+            return;
+        };
+        socket.out = bytes;
+        socket.written = 0;
+        if self.config.url.protocol == Protocol::Tcp
+            && let Err(reason) = tcp::check_reusable(&socket.fd)
+        {
+            return self.lose(now, conn, reason);
+        }
+        self.write_rest(now, conn);
+    }
+
+    fn write_rest(&mut self, now: Time, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else {
+            return;
+        };
+        let mut is_retry = false;
+        while socket.written < socket.out.len() && socket.is_writable {
+            match tcp::write(&socket.fd, &socket.out[socket.written..]) {
+                Ok(bytes) => {
+                    socket.written += bytes;
+                    if let Some(record) = self.pool.conn_mut(conn) {
+                        record.bytes_out += bytes as u64;
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => socket.is_writable = false,
+                // The error of an earlier datagram on this socket (E10).
+                Err(Errno::CONNREFUSED) if !is_retry => is_retry = true,
+                Err(error) => return self.lose(now, conn, broken(error)),
+            }
+        }
+    }
+
+    /// A connection is of no use any more. A request of which no byte left gets its body back.
+    fn lose(&mut self, now: Time, conn: ConnId, reason: Reason) {
+        let mut untouched = false;
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            untouched = socket.written == 0;
+            if untouched && let Some(request) = self.pool.request_on(conn) {
+                self.bodies.insert(request, std::mem::take(&mut socket.out));
+            }
+        }
+        self.pool.handle_lost(now, conn, reason, untouched);
+    }
+
+    fn failure(&self, end: RequestEnd, was_sent: bool) -> Failure {
+        let reason = match end {
+            RequestEnd::TimedOut => Reason::RequestTimeout,
+            RequestEnd::Refused(reason) | RequestEnd::Failed(reason) => reason,
+            RequestEnd::Replied => Reason::Internal,
+        };
+        let retry = if was_sent {
+            Retry::MaybeExecuted
+        } else {
+            Retry::NotSent
+        };
+        let (name, url, limits) = (&self.config.name, &self.config.url, &self.config.limits);
+        let detail = match reason {
+            Reason::WaitersFull => format!(" (waiters_max = {})", limits.waiters_max),
+            Reason::WaitTimeout => format!(
+                " (wait_timeout = {:?}, connections_max = {})",
+                limits.wait_timeout, limits.connections_max
+            ),
+            Reason::TooLong | Reason::ReplyTooLong => {
+                format!(" ({} bytes)", limits.message_bytes_max)
+            }
+            Reason::WriteOnly => "; use send, or configure it as udp://".to_owned(),
+            Reason::RequestTimeout if !was_sent => {
+                let last = self.pool.last_failure();
+                last.map_or_else(
+                    || "; it was still waiting for a connection".to_owned(),
+                    |last| format!("; it was still waiting for a connection: {last}"),
+                )
+            }
+            _ => String::new(),
+        };
+        let text = format!("upstream {name} ({url}): {reason}{detail}");
+        Failure {
+            reason,
+            retry,
+            text,
+        }
+    }
+
+    // Reading.
+
+    fn read(&mut self, cx: &mut Context<'_>, conn: ConnId) {
+        for _ in 0..READS_MAX {
+            let Some(socket) = self.sockets.get(conn) else {
+                return;
+            };
+            if !socket.is_readable {
+                return;
+            }
+            let takes_more = match self.config.url.protocol {
+                Protocol::Tcp => self.read_stream(cx, conn),
+                Protocol::Udp | Protocol::UdpWriteOnly => self.read_datagram(cx, conn),
+            };
+            if !takes_more {
+                return;
+            }
+        }
+        self.unread.push(conn);
+    }
+
+    /// Reads once and cuts what came into replies; whether to read again.
+    fn read_stream(&mut self, cx: &mut Context<'_>, conn: ConnId) -> bool {
+        let Some(socket) = self.sockets.get_mut(conn) else {
+            return false;
+        };
+        let buffer = socket.input.get_or_insert_with(|| cx.spares.take());
+        let room = buffer.room();
+        let len = room.len();
+        let end = match tcp::read(&socket.fd, room) {
+            Ok(0) => Some(Reason::PeerClosed),
+            Ok(bytes) => {
+                buffer.fill(bytes);
+                socket.is_readable = bytes == len || socket.is_ending;
+                if let Some(record) = self.pool.conn_mut(conn) {
+                    record.bytes_in += bytes as u64;
+                }
+                None
+            }
+            Err(Errno::AGAIN) => {
+                socket.is_readable = false;
+                None
+            }
+            Err(Errno::INTR) => None,
+            Err(error) => Some(broken(error)),
+        };
+        let mut lost = self.cut_replies(cx, conn);
+        if let Some(socket) = self.sockets.get_mut(conn)
+            && socket.input.as_ref().is_some_and(ReceiveBuffer::is_empty)
+            && let Some(buffer) = socket.input.take()
+        {
+            cx.spares.put_back(buffer);
+        }
+        lost = lost.or(end);
+        if let Some(reason) = lost {
+            if let Some(socket) = self.sockets.get_mut(conn) {
+                socket.is_readable = false;
+            }
+            self.lose(cx.now, conn, reason);
+        }
+        lost.is_none()
+    }
+
+    /// Delivers the complete replies in a connection's buffer; why the connection is lost, if so.
+    fn cut_replies(&mut self, cx: &mut Context<'_>, conn: ConnId) -> Option<Reason> {
+        let socket = self.sockets.get_mut(conn)?;
+        let is_request_written = socket.written == socket.out.len();
+        let buffer = socket.input.as_mut()?;
+        loop {
+            let role = self.pool.conn(conn)?.role;
+            if role == Role::Exchange && !buffer.is_empty() && self.pool.holder(conn).is_none() {
+                return Some(Reason::Unsolicited);
+            }
+            match socket.cutter.next_cut(buffer.unread()) {
+                Cut::Message { body, consumed } => {
+                    let body = &buffer.unread()[body];
+                    let is_last = consumed == buffer.unread().len() && is_request_written;
+                    let after = if is_last {
+                        After::Nothing
+                    } else {
+                        After::Surplus
+                    };
+                    let deliverable = self
+                        .pool
+                        .holder(conn)
+                        .is_none_or(|owner| cx.sources.can_take(owner, body));
+                    let owner = self.pool.handle_reply(cx.now, conn, after, deliverable);
+                    if let Some(owner) = owner {
+                        cx.sources.reply(owner, body);
+                    }
+                    buffer.consume(consumed);
+                    let closing = matches!(self.pool.conn(conn)?.state, State::Closing { .. });
+                    if closing {
+                        return None;
+                    }
+                }
+                Cut::Refused {
+                    reason: _,
+                    consumed,
+                } if role == Role::OneWay => {
+                    buffer.consume(consumed);
+                    self.pool.conn_mut(conn)?.replies_discarded += 1;
+                }
+                Cut::Refused { .. } => return Some(Reason::ReplyTooLong),
+                Cut::Skipped { consumed } => buffer.consume(consumed),
+                Cut::Incomplete => return None,
+            }
+        }
+    }
+
+    /// Reads one datagram; whether to read again.
+    fn read_datagram(&mut self, cx: &mut Context<'_>, conn: ConnId) -> bool {
+        let Some(socket) = self.sockets.get_mut(conn) else {
+            return false;
+        };
+        if socket.discard == Discard::Filter {
+            socket.is_readable = false;
+            return false;
+        }
+        let mut buffer = cx.spares.take();
+        let lost = match udp::receive(&socket.fd, buffer.room()) {
+            Ok(bytes) => {
+                buffer.fill(bytes);
+                let discards = socket.discard == Discard::Drain;
+                let holder = self.pool.holder(conn);
+                if let Some(record) = self.pool.conn_mut(conn) {
+                    record.bytes_in += bytes as u64;
+                    record.replies_discarded += u64::from(discards || holder.is_none());
+                }
+                match holder {
+                    _ if discards => None,
+                    None => Some(Reason::Unsolicited),
+                    Some(owner) => {
+                        let body = buffer.unread();
+                        let deliverable = cx.sources.can_take(owner, body);
+                        let owner =
+                            self.pool
+                                .handle_reply(cx.now, conn, After::Nothing, deliverable);
+                        if let Some(owner) = owner {
+                            cx.sources.reply(owner, body);
+                        }
+                        None
+                    }
+                }
+            }
+            Err(Errno::AGAIN) => {
+                socket.is_readable = false;
+                None
+            }
+            Err(Errno::INTR) => None,
+            // Reported for a datagram of this socket, which then carries a request or is idle.
+            Err(error) => self.pool.holder(conn).map(|_| broken(error)),
+        };
+        cx.spares.put_back(buffer);
+        if let Some(reason) = lost {
+            self.lose(cx.now, conn, reason);
+        }
+        self.sockets
+            .get(conn)
+            .is_some_and(|socket| socket.is_readable)
+            && lost.is_none()
+    }
+
+    // Sending one-way messages.
+
+    fn wire_framing(&self) -> Framing {
+        match self.config.url.protocol {
+            Protocol::Tcp => self.config.url.framing,
+            // A datagram is its own message.
+            Protocol::Udp | Protocol::UdpWriteOnly => Framing::Raw,
+        }
+    }
+
+    fn writable_one_way(&self) -> Option<ConnId> {
+        let conn = self.pool.sending_conn()?;
+        self.sockets.get(conn)?.is_writable.then_some(conn)
+    }
+
+    fn send_stream(&mut self, now: Time) {
+        while let Some(conn) = self.writable_one_way()
+            && let Some(socket) = self.sockets.get_mut(conn)
+        {
+            let written = self.pool.outbox().front_written();
+            let unsent = &self.send_buffer.unsent()[written..];
+            match tcp::write(&socket.fd, unsent) {
+                Ok(bytes) => {
+                    socket.is_writable = bytes == unsent.len();
+                    let done = self.pool.handle_written(now, conn, bytes);
+                    self.send_buffer.consume(done);
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => socket.is_writable = false,
+                Err(error) => return self.lose(now, conn, broken(error)),
+            }
+        }
+    }
+
+    fn send_after_pause(&mut self, now: Time, last_pause: Duration) {
+        if self.config.url.protocol != Protocol::Tcp {
+            self.send_datagrams(now, last_pause);
+        }
+    }
+
+    fn send_datagrams(&mut self, now: Time, mut last_pause: Duration) {
+        for _ in 0..BATCHES_MAX {
+            let Some(conn) = self.writable_one_way() else {
+                return;
+            };
+            let Some(socket) = self.sockets.get_mut(conn) else {
+                return;
+            };
+            let lens = self.pool.outbox().unsent_lens();
+            let result = self.udp.send(&socket.fd, self.send_buffer.unsent(), lens);
+            let done = match result {
+                Ok(messages) => self.pool.handle_sent(now, conn, messages),
+                Err(Unsent::WouldBlock) => {
+                    socket.is_writable = false;
+                    return;
+                }
+                Err(Unsent::Refused) if !self.is_retry => {
+                    self.is_retry = true;
+                    continue;
+                }
+                Err(Unsent::NoBuffers) if last_pause < self.nobuf_backoff.1 => {
+                    let (shortest, longest) = self.nobuf_backoff;
+                    let length = (last_pause * 2).clamp(shortest, longest);
+                    self.pause = Some(Pause {
+                        until: now + length,
+                        length,
+                    });
+                    return;
+                }
+                Err(unsent) => {
+                    let reason = match unsent {
+                        Unsent::NoBuffers => Reason::Enobufs,
+                        Unsent::TooBig => Reason::TooBig,
+                        Unsent::Refused => Reason::ConnectRefused,
+                        Unsent::Failed(_) | Unsent::WouldBlock => Reason::SendError,
+                    };
+                    self.pool.handle_unsendable(now, conn, reason)
+                }
+            };
+            self.is_retry = false;
+            last_pause = Duration::ZERO;
+            self.send_buffer.consume(done);
+        }
+    }
+}
+
+fn local_address(fd: &OwnedFd) -> Option<SocketAddr> {
+    SocketAddr::try_from(rustix::net::getsockname(fd).ok()?).ok()
+}

@@ -1,0 +1,397 @@
+//! Everything that messages come from, and replies go to: sessions and FIFOs.
+//!
+//! A source is *ready* when it has something to cut or read, *due* when it has something to be
+//! told, *blocked* while an upstream's queue is full, *starved* while its user's quota leaves no
+//! buffer. One that has ended stays until everything it handed over has its outcome.
+
+use std::collections::VecDeque;
+
+use poolbroker_proto::frame::{FrameHeader, Kind};
+use poolbroker_proto::framing::{Cutter, Framing};
+use poolbroker_proto::message::{BrokerMessage, Failure, encode};
+use poolbroker_proto::reason::Reason;
+use serde::Serialize;
+use slotmap::SlotMap;
+
+use crate::buffer::ReceiveBuffer;
+use crate::inflight::{Owner, RequestId};
+use crate::poller::Token;
+use crate::quota::Charge;
+use crate::session::{Action, Session, SourceId};
+use crate::snapshot::{SessionSnapshot, by_reason};
+use crate::stats::Settled;
+use crate::timers::{Deadlines, Time};
+use crate::transport::Io;
+use crate::transport::unix::Flushed;
+
+/// One source of messages.
+#[derive(Debug)]
+pub struct Source {
+    /// What it may do and has done.
+    pub session: Session,
+    /// Its descriptor.
+    pub io: Io,
+    /// Where the descriptor is watched.
+    pub token: Token,
+    /// Received and not yet used.
+    pub buffer: Option<ReceiveBuffer>,
+    /// How its bytes are cut; client sockets speak frames instead.
+    pub cutter: Option<Cutter>,
+    /// How replies are written to a socketpair.
+    pub framing: Framing,
+    /// The kernel may have something to read.
+    pub is_readable: bool,
+    /// The other end sends nothing more: read until the end shows.
+    pub is_ending: bool,
+    /// The other end is closed altogether: nobody is there for a reply.
+    pub is_hung_up: bool,
+    /// Among the ready ones.
+    pub is_ready: bool,
+    /// Waits for an upstream's queue.
+    pub is_blocked: bool,
+    /// A socketpair waits for the reply to its last request.
+    pub awaits_reply: bool,
+    /// Nothing more is read from it.
+    pub ended: Option<Reason>,
+    /// The session that attached it.
+    pub parent: Option<SourceId>,
+    /// Sessions that it attached and that have not ended.
+    pub children: usize,
+    /// Holds its place among its user's sessions; none for a FIFO.
+    pub _session_charge: Option<Charge>,
+    /// Holds the memory of its buffers; none for a FIFO.
+    pub buffer_charge: Option<Charge>,
+    /// Holds the passed descriptors that no message has claimed; client sockets only.
+    pub descriptor_charge: Option<Charge>,
+    /// The deadline that is set for it.
+    pub scheduled_at: Option<Time>,
+}
+
+impl Source {
+    /// Bytes it keeps in the broker.
+    pub fn queued_bytes(&self) -> usize {
+        let received = self
+            .buffer
+            .as_ref()
+            .map_or(0, |buffer| buffer.unread().len());
+        received + self.io.stream().map_or(0, |stream| stream.pending_bytes())
+    }
+
+    /// Appends a frame for the client; nothing on other media.
+    pub fn tell(&mut self, header: FrameHeader, body: &[u8]) {
+        if let Io::Unix(socket) = &mut self.io
+            && header.append(body, socket.stream.out()).is_err()
+        {
+            tracing::error!("a frame for a client is longer than 4 GiB");
+        }
+    }
+
+    /// Appends a control message or failure for the client.
+    pub fn tell_control<T: Serialize>(&mut self, kind: Kind, correlation: u64, message: &T) {
+        match encode(message) {
+            Ok(body) => self.tell(
+                FrameHeader {
+                    correlation,
+                    ..FrameHeader::new(kind)
+                },
+                &body,
+            ),
+            Err(error) => tracing::error!(%error, "a control message cannot be encoded"),
+        }
+    }
+}
+
+/// All sources, and what is to be done about them.
+#[derive(Debug)]
+pub struct Sources {
+    /// The sources themselves.
+    pub table: SlotMap<SourceId, Source>,
+    ready: VecDeque<SourceId>,
+    due: Vec<SourceId>,
+    starved: Vec<SourceId>,
+    deadlines: Deadlines<SourceId>,
+    reply_queue_bytes_max: usize,
+}
+
+impl Sources {
+    /// None yet.
+    pub fn new(reply_queue_bytes_max: usize) -> Self {
+        Sources {
+            table: SlotMap::with_key(),
+            ready: VecDeque::new(),
+            due: Vec::new(),
+            starved: Vec::new(),
+            deadlines: Deadlines::new(),
+            reply_queue_bytes_max,
+        }
+    }
+
+    /// The id `status` shows for a source.
+    pub fn session_id(&self, source: SourceId) -> Option<u64> {
+        self.table.get(source).map(|source| source.session.id)
+    }
+
+    // Whose turn it is.
+
+    /// Puts a source behind the others that are ready.
+    pub fn make_ready(&mut self, id: SourceId) {
+        if let Some(source) = self.table.get_mut(id)
+            && !source.is_ready
+            && !source.is_blocked
+        {
+            source.is_ready = true;
+            self.ready.push_back(id);
+        }
+    }
+
+    /// The queue it waited for has room.
+    pub fn unblock(&mut self, id: SourceId) {
+        if let Some(source) = self.table.get_mut(id) {
+            source.is_blocked = false;
+            self.make_ready(id);
+        }
+    }
+
+    /// No buffer could be charged to its user: it tries again when somebody gave one back.
+    pub fn starve(&mut self, id: SourceId) {
+        self.starved.push(id);
+    }
+
+    /// Lets the starved ones try again.
+    pub fn feed_starved(&mut self) {
+        for id in std::mem::take(&mut self.starved) {
+            self.make_ready(id);
+        }
+    }
+
+    /// Whether somebody waits for a buffer.
+    pub fn has_starved(&self) -> bool {
+        !self.starved.is_empty()
+    }
+
+    /// How many are ready: those that become ready during a turn have theirs in the next one.
+    pub fn ready_count(&self) -> usize {
+        self.ready.len()
+    }
+
+    /// The one whose turn it is.
+    pub fn pop_ready(&mut self) -> Option<SourceId> {
+        let id = self.ready.pop_front()?;
+        if let Some(source) = self.table.get_mut(id) {
+            source.is_ready = false;
+        }
+        Some(id)
+    }
+
+    /// Makes sure that `pump` looks at a source this turn.
+    pub fn make_due(&mut self, id: SourceId) {
+        self.due.push(id);
+    }
+
+    /// Takes those that have something to be told, or may be done.
+    pub fn take_due(&mut self) -> Vec<SourceId> {
+        let mut due = std::mem::take(&mut self.due);
+        due.sort_unstable();
+        due.dedup();
+        due
+    }
+
+    // Deadlines.
+
+    /// When [`Sources::pop_overdue`] has something.
+    pub fn next_deadline(&self) -> Option<Time> {
+        self.deadlines.next_deadline()
+    }
+
+    /// Sets the deadline of a source's session, unless an earlier one is set: that one finds,
+    /// when it comes, that there is nothing to do yet.
+    pub fn schedule(&mut self, id: SourceId) {
+        let Some(source) = self.table.get_mut(id) else {
+            return;
+        };
+        let Some(at) = source.session.next_deadline() else {
+            return;
+        };
+        if let Some(scheduled) = source.scheduled_at {
+            if scheduled <= at {
+                return;
+            }
+            self.deadlines.remove(scheduled, id);
+        }
+        source.scheduled_at = Some(at);
+        self.deadlines.insert(at, id);
+    }
+
+    /// A source whose deadline has come.
+    pub fn pop_overdue(&mut self, now: Time) -> Option<SourceId> {
+        loop {
+            let id = self.deadlines.pop_due(now)?;
+            if let Some(source) = self.table.get_mut(id) {
+                source.scheduled_at = None;
+                return Some(id);
+            }
+        }
+    }
+
+    /// Removes a source from everything but the kernel.
+    pub fn remove(&mut self, id: SourceId) -> Option<Source> {
+        let source = self.table.remove(id)?;
+        if let Some(at) = source.scheduled_at {
+            self.deadlines.remove(at, id);
+        }
+        Some(source)
+    }
+
+    // What upstreams report.
+
+    /// Some of a source's messages have their outcome.
+    pub fn settle(&mut self, id: SourceId, upstream: usize, settled: Settled, messages: u64) {
+        if let Some(source) = self.table.get_mut(id) {
+            source.session.handle_settled(upstream, settled, messages);
+            self.due.push(id);
+        }
+    }
+
+    /// Whether a reply can be kept for its owner until it is read.
+    pub fn can_take(&self, owner: Owner, body: &[u8]) -> bool {
+        let Some(source) = self.table.get(owner.source) else {
+            return false;
+        };
+        let Some(stream) = source.io.stream() else {
+            return false;
+        };
+        // An empty queue takes any reply: the longest is message_bytes_max.
+        stream.pending_bytes() == 0
+            || stream.pending_bytes() + body.len() <= 2 * self.reply_queue_bytes_max
+    }
+
+    /// Whether a client leaves so many replies unread that it is not read either.
+    pub fn is_overfull(&self, id: SourceId) -> bool {
+        let source = self.table.get(id).and_then(|source| source.io.stream());
+        source.is_some_and(|stream| stream.pending_bytes() > self.reply_queue_bytes_max)
+    }
+
+    /// Gives a reply to its owner.
+    pub fn reply(&mut self, owner: Owner, body: &[u8]) {
+        let Some(source) = self.table.get_mut(owner.source) else {
+            return;
+        };
+        source.session.handle_answered(owner.correlation);
+        let framing = source.framing;
+        match &mut source.io {
+            Io::Unix(_) => {
+                let correlation = owner.correlation;
+                source.tell(
+                    FrameHeader {
+                        correlation,
+                        ..FrameHeader::new(Kind::Reply)
+                    },
+                    body,
+                );
+            }
+            Io::Socketpair(stream) => {
+                source.awaits_reply = false;
+                if let Err(reason) = framing.encode(body, stream.out()) {
+                    source.ended = Some(reason);
+                }
+                self.make_ready(owner.source);
+            }
+            Io::Fifo(_) | Io::Pipe(_) => {}
+        }
+        self.due.push(owner.source);
+    }
+
+    /// Tells the owner of a request that it failed.
+    pub fn fail(&mut self, owner: Owner, failure: Failure) {
+        let Some(source) = self.table.get_mut(owner.source) else {
+            return;
+        };
+        source.session.handle_answered(owner.correlation);
+        match &source.io {
+            Io::Unix(_) => source.tell_control(Kind::Failure, owner.correlation, &failure),
+            // Its stream has no words for a failure.
+            Io::Socketpair(_) => source.ended = Some(Reason::RequestFailed),
+            Io::Fifo(_) | Io::Pipe(_) => {}
+        }
+        self.due.push(owner.source);
+    }
+
+    /// Tells a source what it is to be told, as far as it reads. True: it is done and is to be
+    /// removed.
+    pub fn pump(&mut self, id: SourceId) -> bool {
+        let reply_queue_bytes_max = self.reply_queue_bytes_max;
+        let Some(source) = self.table.get_mut(id) else {
+            return false;
+        };
+        while let Some(action) = source.session.poll_action() {
+            match action {
+                Action::Flushed {
+                    correlation,
+                    outcomes,
+                } => {
+                    let message = BrokerMessage::Flushed(outcomes);
+                    source.tell_control(Kind::Control, correlation, &message);
+                }
+            }
+        }
+        let was_overfull = source
+            .io
+            .stream()
+            .is_some_and(|s| s.pending_bytes() > reply_queue_bytes_max);
+        let flushed = source
+            .io
+            .stream_mut()
+            .map_or(Flushed::All, |stream| stream.flush());
+        match flushed {
+            Flushed::Gone => {
+                source.ended.get_or_insert(Reason::ClientGone);
+                return true;
+            }
+            Flushed::WouldBlock => return false,
+            Flushed::All => {}
+        }
+        let is_done = match source.ended {
+            None => false,
+            // A protocol error ends a session at once; its requests are cancelled.
+            Some(Reason::EndOfInput | Reason::ClientGone | Reason::Drained) => {
+                source.session.is_settled() && source.children == 0
+            }
+            Some(_) => true,
+        };
+        let nobody_is_there = source.is_hung_up && source.ended.is_some();
+        let is_unix = matches!(source.io, Io::Unix(_));
+        if was_overfull {
+            self.make_ready(id);
+        }
+        is_done || (is_unix && nobody_is_there)
+    }
+
+    // What status shows.
+
+    /// The requests of a source, to be cancelled.
+    pub fn requests(&self, id: SourceId) -> Vec<(usize, RequestId)> {
+        self.table
+            .get(id)
+            .map(|s| s.session.requests().collect())
+            .unwrap_or_default()
+    }
+
+    /// Every session; FIFOs are listeners.
+    pub fn snapshot(&self) -> Vec<SessionSnapshot> {
+        let sessions = self
+            .table
+            .values()
+            .filter(|source| !matches!(source.io, Io::Fifo(_)));
+        let snapshot = |source: &Source| SessionSnapshot {
+            id: source.session.id,
+            pid: source.session.peer.pid,
+            uid: source.session.peer.uid,
+            transport: source.session.transport.name(),
+            accepted: source.session.accepted(),
+            refused: by_reason(&source.session.refused()),
+            queued_bytes: source.queued_bytes() as u64,
+            in_flight: source.session.in_flight() as u64,
+        };
+        sessions.map(snapshot).collect()
+    }
+}

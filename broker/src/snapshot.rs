@@ -1,0 +1,168 @@
+//! What `status` shows: one copy of every number, made by the shard, formatted by `control`.
+//!
+//! The fields are the JSON of DESIGN.md section 8; it is only ever added to.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::stats::Tally;
+
+/// Counts by the name of their reason.
+pub type ByReason = BTreeMap<&'static str, u64>;
+
+/// Everything.
+#[derive(Debug, Serialize)]
+pub struct Snapshot {
+    /// Of the broker.
+    pub version: &'static str,
+    /// Of the broker.
+    pub pid: u32,
+    /// Since the start.
+    pub uptime_s: u64,
+    /// Where its sockets and FIFOs are.
+    pub runtime_dir: PathBuf,
+    /// `running` or `draining`.
+    pub state: &'static str,
+    /// In the order of the configuration.
+    pub upstreams: Vec<UpstreamSnapshot>,
+    /// The client socket and the FIFOs.
+    pub listeners: Vec<ListenerSnapshot>,
+    /// Attached processes and pipes.
+    pub sessions: Vec<SessionSnapshot>,
+}
+
+/// One upstream.
+#[derive(Debug, Serialize)]
+pub struct UpstreamSnapshot {
+    /// From the configuration, or the URL of one opened by URL.
+    pub name: String,
+    /// The protocol type.
+    pub protocol: &'static str,
+    /// What its host was resolved to.
+    pub addresses: Vec<String>,
+    /// How replies to one-way messages are discarded.
+    pub discard: &'static str,
+    /// Replies that were discarded.
+    pub replies_discarded: u64,
+    /// `closed`, `open` or `half-open`.
+    pub breaker: &'static str,
+    /// Why the last connect failed, while none has succeeded since.
+    pub last_failure: Option<&'static str>,
+    /// One-way messages taken.
+    pub accepted: u64,
+    /// Of those: taken whole by the kernel.
+    pub sent: u64,
+    /// Of those: given up.
+    pub dropped: ByReason,
+    /// Of those: waited too long.
+    pub expired: u64,
+    /// Of those: waiting.
+    pub queued: u64,
+    /// Of those sent: not acknowledged when their connection ended.
+    pub in_doubt: u64,
+    /// Sent again after a crash.
+    pub redelivered: u64,
+    /// ICMP errors received for datagrams.
+    pub icmp_refused: u64,
+    /// Requests asked.
+    pub requests: u64,
+    /// Of those: answered.
+    pub replied: u64,
+    /// Of those: ended by a deadline.
+    pub timed_out: u64,
+    /// Of those: never put on a connection.
+    pub refused: ByReason,
+    /// Of those: failed otherwise.
+    pub failed: ByReason,
+    /// Of those: not ended.
+    pub in_flight: u64,
+    /// Of those: waiting for a connection.
+    pub waiters: u64,
+    /// How long the first of them has waited.
+    pub maxwait_ms: u64,
+    /// Open now.
+    pub connections: Vec<ConnectionSnapshot>,
+    /// Opened so far.
+    pub connections_opened: u64,
+    /// Closed so far.
+    pub connections_closed: ByReason,
+}
+
+/// One connection.
+#[derive(Debug, Serialize)]
+pub struct ConnectionSnapshot {
+    /// The protocol type.
+    pub protocol: &'static str,
+    /// `exchange` or `one_way`.
+    pub role: &'static str,
+    /// The upstream's address.
+    pub remote: String,
+    /// Ours.
+    pub local: Option<String>,
+    /// The file descriptor in the broker.
+    pub fd: i32,
+    /// Where it is in its life.
+    pub state: &'static str,
+    /// Since its connect began.
+    pub age_s: u64,
+    /// Requests or sends.
+    pub uses: u64,
+    /// Messages sent.
+    pub messages_out: u64,
+    /// Bytes sent.
+    pub bytes_out: u64,
+    /// Replies delivered.
+    pub messages_in: u64,
+    /// Bytes received.
+    pub bytes_in: u64,
+    /// Replies nobody had asked for.
+    pub replies_discarded: u64,
+    /// Whose request it carries.
+    pub session: Option<u64>,
+}
+
+/// One local entrance.
+#[derive(Debug, Serialize)]
+pub struct ListenerSnapshot {
+    /// `unix` or `fifo`.
+    pub kind: &'static str,
+    /// Its path.
+    pub path: PathBuf,
+    /// Where its messages go, for a FIFO.
+    pub upstream: Option<String>,
+    /// Messages taken, or clients for the client socket.
+    pub accepted: u64,
+    /// What never got in.
+    pub refused: ByReason,
+}
+
+/// One session.
+#[derive(Debug, Serialize)]
+pub struct SessionSnapshot {
+    /// Its id.
+    pub id: u64,
+    /// Of the process, when it connected.
+    pub pid: i32,
+    /// Of its user.
+    pub uid: u32,
+    /// Its medium.
+    pub transport: &'static str,
+    /// One-way messages taken.
+    pub accepted: u64,
+    /// What never got in.
+    pub refused: ByReason,
+    /// Bytes held for it: received and not taken, or not yet read by it.
+    pub queued_bytes: u64,
+    /// Requests without an end.
+    pub in_flight: u64,
+}
+
+/// The counts that are not zero.
+pub fn by_reason(tally: &Tally) -> ByReason {
+    tally
+        .iter()
+        .map(|(reason, count)| (reason.name(), count))
+        .collect()
+}

@@ -1,0 +1,116 @@
+//! The kernel's side of sessions: the descriptors that messages come in by, behind one enum.
+//! Nothing of policy, and nothing of what the bytes mean.
+
+pub mod fifo;
+pub mod pipe;
+pub mod unix;
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+
+use self::pipe::Pipe;
+use self::unix::{Stream, UnixSocket};
+use crate::buffer::ReceiveBuffer;
+
+/// What one read gave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Read {
+    /// Bytes; whether the kernel may have more.
+    Bytes {
+        /// Whether to read again before the next event.
+        more: bool,
+    },
+    /// Nothing now.
+    Nothing,
+    /// The end: nothing will come any more.
+    End,
+    /// The descriptor cannot be read.
+    Failed(Errno),
+}
+
+impl Read {
+    /// The result of a plain read into `room` bytes.
+    fn of(result: Result<usize, Errno>, room: usize, buffer: &mut ReceiveBuffer) -> Read {
+        match result {
+            Ok(0) => Read::End,
+            Ok(bytes) => {
+                buffer.fill(bytes);
+                Read::Bytes {
+                    more: bytes == room,
+                }
+            }
+            Err(Errno::AGAIN) => Read::Nothing,
+            Err(Errno::INTR) => Read::Bytes { more: true },
+            Err(error) => Read::Failed(error),
+        }
+    }
+}
+
+/// The descriptor of one source.
+#[derive(Debug)]
+pub enum Io {
+    /// A client on the client socket.
+    Unix(UnixSocket),
+    /// A FIFO of the broker's own.
+    Fifo(OwnedFd),
+    /// The read end of a passed pipe.
+    Pipe(Pipe),
+    /// A passed end of a socketpair.
+    Socketpair(Stream),
+}
+
+impl Io {
+    /// Reads what has arrived.
+    pub fn read(&mut self, buffer: &mut ReceiveBuffer) -> Read {
+        match self {
+            Io::Unix(socket) => socket.read(buffer),
+            Io::Fifo(fd) => {
+                let room = buffer.room();
+                let (len, result) = (room.len(), rustix::io::read(&*fd, room));
+                Read::of(result, len, buffer)
+            }
+            Io::Pipe(pipe) => pipe.read(buffer),
+            Io::Socketpair(stream) => stream.read(buffer),
+        }
+    }
+
+    /// Where replies go, if the medium carries any.
+    pub fn stream_mut(&mut self) -> Option<&mut Stream> {
+        match self {
+            Io::Unix(socket) => Some(&mut socket.stream),
+            Io::Socketpair(stream) => Some(stream),
+            Io::Fifo(_) | Io::Pipe(_) => None,
+        }
+    }
+
+    /// Likewise, to look at.
+    pub fn stream(&self) -> Option<&Stream> {
+        match self {
+            Io::Unix(socket) => Some(&socket.stream),
+            Io::Socketpair(stream) => Some(stream),
+            Io::Fifo(_) | Io::Pipe(_) => None,
+        }
+    }
+
+    /// Takes the descriptor out, to be closed; whether a client made it.
+    pub fn into_descriptor(self) -> (OwnedFd, bool) {
+        match self {
+            Io::Unix(socket) => (socket.stream.into_descriptor(), false),
+            Io::Fifo(fd) => (fd, false),
+            Io::Pipe(pipe) => (pipe.into_descriptor(), true),
+            Io::Socketpair(stream) => (stream.into_descriptor(), true),
+        }
+    }
+}
+
+impl AsFd for Io {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Io::Unix(socket) => socket.stream.as_fd(),
+            Io::Fifo(fd) => fd.as_fd(),
+            Io::Pipe(pipe) => pipe.as_fd(),
+            Io::Socketpair(stream) => stream.as_fd(),
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! The client socket, and streams to clients in general.
+//!
+//! A [`Stream`] never blocks whatever the client does to its flags: every call says MSG_DONTWAIT
+//! (E5a). What the client does not read waits in a queue that the shard bounds.
+
+use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{Gid, fchown};
+use poolbroker_proto::fd;
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrAny, SocketAddrUnix, SocketFlags,
+    SocketType, UCred, accept_with, bind, getpeername, getsockname, listen, recv, send, shutdown,
+    socket_with, sockopt,
+};
+
+use super::Read;
+use crate::buffer::ReceiveBuffer;
+use crate::upstream::sockopt as raw_sockopt;
+
+/// Connections the kernel keeps for us between two turns (R7); net.core.somaxconn caps it.
+const BACKLOG: i32 = 4_096;
+
+/// Opens a listening socket at `path`, which must not exist. The mode is set before the socket
+/// has a name, so that there is no moment with a wider one (E18).
+pub fn open_listener(path: &Path, mode: u32, group: Option<Gid>) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let plain = |error: nix::errno::Errno| Errno::from_raw_os_error(error as i32);
+    fchmod(&socket, Mode::from_bits_truncate(mode)).map_err(plain)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    if group.is_some() {
+        fchown(&socket, None, group).map_err(plain)?;
+        nix::unistd::chown(path, None, group).map_err(plain)?;
+    }
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+/// Accepts one client, with the credentials it had when it connected (SO_PEERCRED, unix(7)).
+pub fn accept(listener: impl AsFd) -> Result<(UnixSocket, UCred), Errno> {
+    let socket = accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
+    let credentials = sockopt::socket_peercred(&socket)?;
+    Ok((
+        UnixSocket {
+            stream: Stream::new(socket),
+            descriptors: VecDeque::new(),
+        },
+        credentials,
+    ))
+}
+
+/// A client on the client socket: a stream on which descriptors may come.
+#[derive(Debug)]
+pub struct UnixSocket {
+    /// The stream.
+    pub stream: Stream,
+    descriptors: VecDeque<OwnedFd>,
+}
+
+impl UnixSocket {
+    /// Reads bytes, and keeps the descriptors that come with them.
+    pub fn read(&mut self, buffer: &mut ReceiveBuffer) -> Read {
+        let room = buffer.room();
+        let len = room.len();
+        match fd::receive(&self.stream.socket, room) {
+            Ok(received) => {
+                // A read stops behind a message with descriptors though more may follow.
+                let stopped = !received.descriptors.is_empty();
+                self.descriptors.extend(received.descriptors);
+                if received.truncated {
+                    return Read::Failed(Errno::TOOMANYREFS);
+                }
+                match Read::of(Ok(received.bytes), len, buffer) {
+                    Read::Bytes { more } => Read::Bytes {
+                        more: more || stopped,
+                    },
+                    read => read,
+                }
+            }
+            Err(error) => {
+                let error = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+                Read::of(Err(error), len, buffer)
+            }
+        }
+    }
+
+    /// Descriptors that came and no message has claimed.
+    pub fn descriptors(&self) -> usize {
+        self.descriptors.len()
+    }
+
+    /// Claims the first of them.
+    pub fn claim_descriptor(&mut self) -> Option<OwnedFd> {
+        self.descriptors.pop_front()
+    }
+}
+
+/// A stream to a client, with what it has not read yet.
+#[derive(Debug)]
+pub struct Stream {
+    socket: OwnedFd,
+    out: Vec<u8>,
+    written: usize,
+}
+
+/// How far a flush came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flushed {
+    /// Everything was written.
+    All,
+    /// The client has to read first.
+    WouldBlock,
+    /// The client is gone.
+    Gone,
+}
+
+impl Stream {
+    /// A stream with nothing to write.
+    pub fn new(socket: OwnedFd) -> Self {
+        Stream {
+            socket,
+            out: Vec::new(),
+            written: 0,
+        }
+    }
+
+    /// Reads bytes; descriptors that come with them are dropped by the kernel.
+    pub fn read(&mut self, buffer: &mut ReceiveBuffer) -> Read {
+        let room = buffer.room();
+        let len = room.len();
+        let result = recv(&self.socket, room, RecvFlags::DONTWAIT).map(|(_, bytes)| bytes);
+        Read::of(result, len, buffer)
+    }
+
+    /// Where to append what the client is to get.
+    pub fn out(&mut self) -> &mut Vec<u8> {
+        &mut self.out
+    }
+
+    /// Bytes that the client has not been given.
+    pub fn pending_bytes(&self) -> usize {
+        self.out.len() - self.written
+    }
+
+    /// Writes what the client takes now.
+    pub fn flush(&mut self) -> Flushed {
+        while self.written < self.out.len() {
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match send(&self.socket, &self.out[self.written..], flags) {
+                Ok(bytes) => self.written += bytes,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => {
+                    self.out.drain(..self.written);
+                    self.written = 0;
+                    return Flushed::WouldBlock;
+                }
+                Err(_) => return Flushed::Gone,
+            }
+        }
+        self.written = 0;
+        // A burst must not pin its memory on an idle session.
+        if self.out.capacity() > 4096 {
+            self.out = Vec::new();
+        } else {
+            self.out.clear();
+        }
+        Flushed::All
+    }
+
+    /// Takes nothing more from the client: its next write fails, what it wrote can still be read
+    /// (unix(7); seen in `net/unix/af_unix.c`, unix_stream_read_generic).
+    pub fn stop_reading(&self) {
+        let _ = shutdown(&self.socket, Shutdown::Read);
+    }
+
+    fn is_unnamed_stream(&self) -> bool {
+        let is_unix = sockopt::socket_domain(&self.socket) == Ok(AddressFamily::UNIX);
+        let is_stream = sockopt::socket_type(&self.socket) == Ok(SocketType::STREAM);
+        // The address of an unnamed socket is its family alone (unix(7)).
+        let unnamed = |address: Option<SocketAddrAny>| {
+            address.is_none_or(|address| address.addr_len() as usize <= size_of::<u16>())
+        };
+        is_unix
+            && is_stream
+            && getsockname(&self.socket).is_ok_and(|address| unnamed(Some(address)))
+            && getpeername(&self.socket).is_ok_and(unnamed)
+    }
+
+    /// A passed end of a socketpair. Refused unless it is an unnamed Unix stream: a client's own
+    /// end of the client socket has a named peer, and would keep its session alive for ever (M8).
+    pub fn from_passed(socket: OwnedFd) -> Result<Self, OwnedFd> {
+        let stream = Stream::new(socket);
+        if !stream.is_unnamed_stream() {
+            return Err(stream.socket);
+        }
+        // Not known before Linux 6.16; a plain recv drops descriptors in any case (E8a).
+        let _ = raw_sockopt::refuse_descriptors(&stream.socket);
+        Ok(stream)
+    }
+
+    /// The socket itself.
+    pub fn into_descriptor(self) -> OwnedFd {
+        self.socket
+    }
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::buffer::Spares;
+    use std::io::Write;
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    #[test]
+    fn what_was_written_before_reading_stopped_can_still_be_read_to_its_end() {
+        let (mut client, ours) = UnixStream::pair().unwrap();
+        client.write_all(b"before").unwrap();
+        let mut stream = Stream::new(ours.into());
+        stream.stop_reading();
+        assert!(client.write_all(b"after").is_err());
+        let mut buffer = Spares::default().take();
+        assert_eq!(stream.read(&mut buffer), Read::Bytes { more: false });
+        assert_eq!(buffer.unread(), b"before");
+        assert_eq!(stream.read(&mut buffer), Read::End);
+    }
+
+    #[test]
+    fn only_unnamed_unix_streams_are_socketpairs() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        assert!(Stream::from_passed(ours.into()).is_ok());
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let connected = UnixStream::connect(&path).unwrap();
+        assert!(
+            Stream::from_passed(connected.into()).is_err(),
+            "its peer has a name"
+        );
+        let (reader, _writer) = std::io::pipe().unwrap();
+        assert!(Stream::from_passed(reader.into()).is_err());
+        let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(Stream::from_passed(udp.into()).is_err());
+    }
+}

@@ -1,0 +1,111 @@
+//! Host names: resolved in a thread of their own, since getaddrinfo(3) blocks.
+//!
+//! Each name is resolved when it is first asked for and again every `interval`. A failure is
+//! reported as an empty list; keeping the last good addresses is the pool's business.
+
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
+
+/// More addresses of one name than this are left out.
+const ADDRESSES_MAX: usize = 16;
+
+/// Names that may wait for the thread at once.
+const REQUESTS_MAX: usize = 4_096;
+
+/// A name to keep resolved.
+#[derive(Debug)]
+struct Name {
+    upstream: usize,
+    host: String,
+    port: u16,
+}
+
+/// The resolver thread, as the shard sees it.
+#[derive(Debug)]
+pub struct Resolver {
+    names: Sender<Name>,
+}
+
+impl Resolver {
+    /// Starts the thread. `report` is called in it with each result, and says whether to go on.
+    pub fn start(
+        interval: Duration,
+        report: impl Fn(usize, Vec<SocketAddr>) -> bool + Send + 'static,
+    ) -> io::Result<Self> {
+        let (names, requests) = bounded(REQUESTS_MAX);
+        std::thread::Builder::new()
+            .name("resolver".into())
+            .spawn(move || run(&requests, interval, &report))?;
+        Ok(Resolver { names })
+    }
+
+    /// Keeps the host of `upstream` resolved from now on.
+    pub fn watch(&self, upstream: usize, host: &str, port: u16) {
+        // Full only with 4,096 names waiting; the thread ends only with the broker.
+        let _ = self.names.try_send(Name {
+            upstream,
+            host: host.to_owned(),
+            port,
+        });
+    }
+}
+
+fn run(
+    requests: &Receiver<Name>,
+    interval: Duration,
+    report: &impl Fn(usize, Vec<SocketAddr>) -> bool,
+) {
+    let mut names: Vec<Name> = Vec::new();
+    loop {
+        match requests.recv_timeout(interval) {
+            Ok(name) => {
+                if !report(name.upstream, resolve(&name)) {
+                    return;
+                }
+                names.push(name);
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                for name in &names {
+                    if !report(name.upstream, resolve(name)) {
+                        return;
+                    }
+                }
+            }
+            Err(RecvTimeoutError::Disconnected) => return,
+        }
+    }
+}
+
+fn resolve(name: &Name) -> Vec<SocketAddr> {
+    match (name.host.as_str(), name.port).to_socket_addrs() {
+        Ok(addresses) => addresses.take(ADDRESSES_MAX).collect(),
+        Err(error) => {
+            tracing::warn!(host = name.host, %error, "the name could not be resolved");
+            Vec::new()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_reported_and_one_that_does_not_exist_has_no_address() {
+        let (sender, results) = bounded(2);
+        let resolver = Resolver::start(Duration::from_secs(60), move |upstream, addresses| {
+            sender.send((upstream, addresses)).is_ok()
+        })
+        .unwrap();
+        resolver.watch(3, "localhost", 80);
+        let (upstream, addresses) = results.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert_eq!(upstream, 3);
+        assert!(addresses.iter().all(|address| address.port() == 80) && !addresses.is_empty());
+        resolver.watch(4, "no-such-host.invalid", 80);
+        let (upstream, addresses) = results.recv_timeout(Duration::from_secs(30)).unwrap();
+        assert_eq!((upstream, addresses.len()), (4, 0));
+    }
+}

@@ -1,0 +1,277 @@
+//! An upstream that is slow, stuck or down: what is meant for it waits in bounds, and nobody else
+//! notices.
+
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a failed step fails the test"
+)]
+
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use poolbroker_tests::Broker;
+use poolbroker_tests::broker::{count_of, list, listener_in, total};
+use poolbroker_tests::peers::{TcpEcho, TcpSink, UdpSink};
+use poolbroker_tests::raw::{RawClient, ask};
+
+const MIB: u64 = 1024 * 1024;
+
+#[test]
+fn a_stuck_upstream_holds_up_only_what_is_meant_for_it() {
+    const LINES: usize = 100_000;
+    let (sink, echo) = (TcpSink::start(), TcpEcho::start());
+    sink.pause();
+    let broker = Broker::start(&[
+        format!("stuck={}", sink.url()),
+        format!("echo={}", echo.url()),
+    ]);
+    let before = broker.rss_bytes();
+    let line = |number: usize| format!("{number:0>199}");
+    thread::scope(|scope| {
+        let fifo = broker.fifo("stuck");
+        scope.spawn(move || {
+            let mut fifo = writer(&fifo);
+            for number in 0..LINES {
+                // 200 bytes each, 20 MB in all: far more than every buffer on the way.
+                fifo.write_all(format!("{}\n", line(number)).as_bytes())
+                    .unwrap();
+            }
+        });
+        let status = broker.wait_until(|status| total(&status["upstreams"][0], "queued") > 0);
+        broker.assert_sums(&status);
+        for _ in 0..100 {
+            assert_eq!(
+                ask(broker.runtime_dir(), "echo", b"alive").reply(),
+                b"alive"
+            );
+        }
+        let stuck = broker.upstream_status("stuck");
+        let queued_bytes = total(&stuck, "queued") * 200;
+        assert!(queued_bytes <= MIB, "queued: {queued_bytes} bytes");
+        assert!(total(&stuck, "accepted") < LINES as u64, "{stuck:#}");
+        let grown = broker.rss_bytes().saturating_sub(before);
+        assert!(grown < 16 * MIB, "grown by {grown} bytes");
+        sink.resume();
+    });
+    let arrived = sink.wait_for(LINES);
+    let in_order = arrived
+        .iter()
+        .enumerate()
+        .all(|(number, record)| record == line(number).as_bytes());
+    assert!(
+        in_order && arrived.len() == LINES,
+        "order or content changed"
+    );
+    let status = broker.status();
+    broker.assert_sums(&status);
+}
+
+#[test]
+fn a_client_that_never_stops_sending_starves_nobody() {
+    let (sink, echo) = (UdpSink::start(), TcpEcho::start());
+    let broker = Broker::start(&[
+        format!("metrics={}", sink.url_write_only()),
+        format!("echo={}", echo.url()),
+    ]);
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for body in [&b"x"[..], &[b'y'; 20_000]] {
+            let (broker, done) = (&broker, &done);
+            scope.spawn(move || {
+                let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+                let handle = client.open("metrics");
+                while !done.load(Ordering::SeqCst) {
+                    client.send(handle, body);
+                }
+            });
+        }
+        broker.wait_until_upstream("metrics", |upstream| total(upstream, "sent") > 10_000);
+        for _ in 0..100 {
+            assert_eq!(
+                ask(broker.runtime_dir(), "echo", b"alive").reply(),
+                b"alive"
+            );
+        }
+        broker.assert_sums(&broker.status());
+        done.store(true, Ordering::SeqCst);
+    });
+}
+
+#[test]
+fn messages_wait_for_an_upstream_that_is_down_and_arrive_in_order() {
+    let mut sink = TcpSink::start();
+    let broker = Broker::start(&[format!("logs={}", sink.url())]);
+    let mut fifo = writer(&broker.fifo("logs"));
+    let mut written = 0..;
+    let mut write = |count: usize| {
+        for number in written.by_ref().take(count) {
+            fifo.write_all(format!("{number}\n").as_bytes()).unwrap();
+        }
+    };
+    write(1000);
+    sink.wait_for(1000);
+    for round in 1..=3 {
+        sink.stop();
+        broker.wait_until_upstream("logs", |upstream| {
+            let connections = list(upstream, "connections").iter();
+            connections
+                .filter(|connection| connection["state"] != "connecting")
+                .count()
+                == 0
+        });
+        write(1000);
+        let upstream = broker.wait_until_upstream("logs", |upstream| {
+            total(upstream, "accepted") == 1000 * (round + 1)
+        });
+        assert_eq!(total(&upstream, "queued"), 1000, "{upstream:#}");
+        sink.restart();
+        let count = 1000 * usize::try_from(round + 1).unwrap();
+        sink.wait_for(count);
+    }
+    let arrived = sink.received().into_iter();
+    let expected = (0..4000).map(|number: u32| number.to_string().into_bytes());
+    assert!(arrived.eq(expected), "order or content changed");
+    let upstream = broker.upstream_status("logs");
+    assert_eq!(total(&upstream, "sent"), 4000, "{upstream:#}");
+}
+
+#[test]
+fn a_connection_that_breaks_is_followed_by_one_that_starts_at_a_message() {
+    let mut sink = TcpSink::start();
+    let broker = Broker::start(&[format!("logs={}", sink.url())]);
+    let body = |number: u32| format!("{number} {}", "x".repeat(3000));
+    thread::scope(|scope| {
+        let fifo = broker.fifo("logs");
+        scope.spawn(move || {
+            let mut fifo = writer(&fifo);
+            for number in 0..3000 {
+                fifo.write_all(format!("{}\n", body(number)).as_bytes())
+                    .unwrap();
+            }
+        });
+        for round in 1..=5 {
+            sink.wait_for(round * 200);
+            sink.stop();
+            sink.restart();
+        }
+    });
+    broker.wait_until_upstream("logs", |upstream| {
+        total(upstream, "accepted") == 3000 && total(upstream, "queued") == 0
+    });
+    // What the sink's kernel had taken and the sink had not read is lost, and nothing else changes.
+    let mut next = 0;
+    let arrived = || {
+        sink.received()
+            .last()
+            .map(|record| record == body(2999).as_bytes())
+    };
+    poolbroker_tests::deadline::wait_for("the last record arrives", || {
+        arrived().filter(|last| *last)
+    });
+    for record in sink.received() {
+        let text = String::from_utf8(record).unwrap();
+        let number: u32 = text.split(' ').next().unwrap().parse().unwrap();
+        assert!(number >= next, "{number} came again or behind {next}");
+        assert!(text == body(number), "record {number} is damaged");
+        next = number + 1;
+    }
+    let status = broker.status();
+    broker.assert_sums(&status);
+}
+
+#[test]
+fn a_message_that_waits_too_long_expires() {
+    let broker = down("queue_timeout = \"100ms\"");
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("down");
+    for _ in 0..10 {
+        client.send(handle, b"in vain");
+    }
+    let outcomes = client.flush(handle);
+    assert_eq!(
+        (outcomes.accepted, outcomes.expired),
+        (10, 10),
+        "{outcomes:?}"
+    );
+    let output = broker
+        .command("send")
+        .args(["down", "in vain"])
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(stderr.contains("down"), "the upstream is named: {stderr}");
+}
+
+#[test]
+fn a_full_queue_blocks_or_drops_as_configured() {
+    for overflow in ["drop-newest", "drop-oldest"] {
+        let mut sink = TcpSink::start();
+        sink.stop();
+        let config = format!(
+            "[upstream.logs]\nurl = \"{}\"\noverflow = \"{overflow}\"\nqueue_bytes_max = 4096\n",
+            sink.url()
+        );
+        let broker = Broker::builder().config(&config).start();
+        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+        let handle = client.open("logs");
+        for number in 0..1000 {
+            client.send(handle, format!("{number:0>100}").as_bytes());
+        }
+        let upstream =
+            broker.wait_until_upstream("logs", |upstream| total(upstream, "accepted") == 1000);
+        let dropped = count_of(&upstream, "dropped", "queue_full");
+        assert!((900..1000).contains(&dropped), "{overflow}: {upstream:#}");
+        sink.restart();
+        let kept = usize::try_from(1000 - dropped).unwrap();
+        let arrived = sink.wait_for(kept);
+        let first: usize = std::str::from_utf8(&arrived[0]).unwrap().parse().unwrap();
+        let last: usize = std::str::from_utf8(&arrived[kept - 1])
+            .unwrap()
+            .parse()
+            .unwrap();
+        match overflow {
+            "drop-newest" => assert_eq!((first, last), (0, kept - 1)),
+            _ => assert_eq!((first, last), (1000 - kept, 999)),
+        }
+    }
+}
+
+#[test]
+fn a_fifo_of_an_upstream_that_is_down_holds_its_writers_back() {
+    let broker = down("queue_timeout = \"0s\"\nqueue_bytes_max = 4096");
+    let mut fifo = writer(&broker.fifo("down"));
+    rustix::fs::fcntl_setfl(&fifo, rustix::fs::OFlags::NONBLOCK).unwrap();
+    let line = [[b'x'; 99].as_slice(), b"\n"].concat();
+    let mut written = 0;
+    // Both the queue and the FIFO itself are full when nothing goes in and nothing leaves.
+    poolbroker_tests::deadline::wait_for("the FIFO fills up", || {
+        while fifo.write_all(&line).is_ok() {
+            written += 1;
+        }
+        let accepted = total(listener_in(&broker.status(), "fifo", "down"), "accepted");
+        (accepted > 0 && fifo.write_all(&line).is_err()).then_some(())
+    });
+    let upstream = broker.upstream_status("down");
+    assert!(
+        total(&upstream, "queued") * 100 <= 64 * 1024,
+        "{upstream:#}"
+    );
+    assert_eq!(total(&upstream, "dropped"), 0, "{upstream:#}");
+    assert!(written > 500, "{written} lines fit");
+}
+
+fn down(limits: &str) -> Broker {
+    let port = poolbroker_tests::peers::unused_port();
+    let config = format!("[upstream.down]\nurl = \"tcp://127.0.0.1:{port}\"\n{limits}\n");
+    Broker::builder().config(&config).start()
+}
+
+fn writer(fifo: &Path) -> File {
+    File::options().write(true).open(fifo).unwrap()
+}

@@ -1,0 +1,197 @@
+//! Few local ports and narrow paths: in a network namespace of one's own. Ignored by `cargo test`,
+//! since making a namespace takes root or a kernel that lets users do it.
+
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a failed step fails the test"
+)]
+
+use std::env;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use poolbroker_tests::Broker;
+use poolbroker_tests::binary::poolbroker_binary;
+use poolbroker_tests::broker::{count_of, list, total};
+use poolbroker_tests::deadline::wait_for;
+use poolbroker_tests::peers::{Manners, TcpEcho, UdpEcho, UdpSink};
+use poolbroker_tests::raw::{Answer, RawClient, ask};
+
+const INSIDE: &str = "POOLBROKER_TEST_INSIDE_NAMESPACE";
+
+#[test]
+#[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
+fn late_udp_replies_reach_nobody_though_ports_are_used_again() {
+    with_ports(
+        "40000 40031",
+        "late_udp_replies_reach_nobody_though_ports_are_used_again",
+        || {
+            const REQUESTS: u64 = 100_000;
+            // The peer answers 50 ms after the request has timed out.
+            let echo = UdpEcho::late_every(50, Duration::from_millis(100));
+            let config = format!(
+                "[upstream.echo]\nurl = \"{}\"\nrequest_timeout = \"50ms\"\n\
+             late_reply_window = \"200ms\"\n",
+                echo.url()
+            );
+            let broker = Broker::builder().config(&config).start();
+            let (own, failed) = (AtomicU64::new(0), AtomicU64::new(0));
+            thread::scope(|scope| {
+                for _ in 0..16 {
+                    scope.spawn(|| {
+                        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+                        let handle = client.open("echo");
+                        while own.load(Ordering::Relaxed) + failed.load(Ordering::Relaxed)
+                            < REQUESTS
+                        {
+                            let token = format!("{:032x}", fastrand::u128(..));
+                            match client.request(handle, 0, token.as_bytes()) {
+                                Answer::Reply(body) => {
+                                    assert_eq!(body, token.as_bytes(), "another request's reply");
+                                    own.fetch_add(1, Ordering::Relaxed);
+                                }
+                                Answer::Failed(_) => {
+                                    failed.fetch_add(1, Ordering::Relaxed);
+                                }
+                                Answer::Closed => panic!("the session ended"),
+                            }
+                        }
+                    });
+                }
+            });
+            let (own, failed) = (own.into_inner(), failed.into_inner());
+            println!("{own} replies, {failed} failures");
+            assert!(own > REQUESTS / 2, "{own} replies, {failed} failures");
+            let status = broker.status();
+            broker.assert_sums(&status);
+            let upstream = broker.upstream_status("echo");
+            // More sockets were used than there are ports: every port was drawn again and again.
+            assert!(total(&upstream, "connections_opened") > 320, "{upstream:#}");
+            assert!(total(&upstream, "replies_discarded") > 0, "{upstream:#}");
+        },
+    );
+}
+
+#[test]
+#[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
+fn without_a_free_port_the_open_connections_keep_serving() {
+    with_ports(
+        "40000 40003",
+        "without_a_free_port_the_open_connections_keep_serving",
+        || {
+            let echo = TcpEcho::behaving(Manners::Slow(Duration::from_millis(20)));
+            let broker = Broker::start(&[format!("echo={}", echo.url())]);
+            let replied = AtomicU64::new(0);
+            thread::scope(|scope| {
+                for _ in 0..12 {
+                    scope.spawn(|| {
+                        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+                        let handle = client.open("echo");
+                        for _ in 0..50 {
+                            assert_eq!(client.request(handle, 0, b"x").reply(), b"x");
+                            replied.fetch_add(1, Ordering::Relaxed);
+                        }
+                    });
+                }
+            });
+            assert_eq!(replied.into_inner(), 600);
+            let upstream = broker.upstream_status("echo");
+            assert!(
+                count_of(&upstream, "connections_closed", "no_ports") > 0,
+                "{upstream:#}"
+            );
+            assert_eq!(list(&upstream, "connections").len(), 4, "{upstream:#}");
+        },
+    );
+}
+
+#[test]
+#[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
+fn udp_without_a_free_port_recovers_when_one_is_free() {
+    with_ports(
+        "40000 40001",
+        "udp_without_a_free_port_recovers_when_one_is_free",
+        || {
+            let echo = UdpEcho::late_every(1, Duration::from_millis(300));
+            let config = format!(
+                "[upstream.echo]\nurl = \"{}\"\nlate_reply_window = \"600ms\"\n",
+                echo.url()
+            );
+            let broker = Broker::builder().config(&config).start();
+            let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+            let handle = client.open("echo");
+            for _ in 0..2 {
+                client.request(handle, 100, b"late").failure();
+            }
+            echo.behave(0, Duration::ZERO);
+            let reply = wait_for("a port becomes free", || {
+                match ask(broker.runtime_dir(), "echo", b"at last") {
+                    Answer::Reply(body) => Some(body),
+                    Answer::Failed(_) | Answer::Closed => None,
+                }
+            });
+            assert_eq!(reply, b"at last");
+            let status = broker.status();
+            broker.assert_sums(&status);
+        },
+    );
+}
+
+#[test]
+#[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
+fn runs_of_datagrams_longer_than_the_path_takes_are_sent_one_by_one() {
+    let name = "runs_of_datagrams_longer_than_the_path_takes_are_sent_one_by_one";
+    with_ports("40000 50000", name, || {
+        let lowered = Command::new("ip")
+            .args(["link", "set", "lo", "mtu", "1500"])
+            .status();
+        assert!(lowered.unwrap().success());
+        let sink = UdpSink::start();
+        let broker = Broker::start(&[format!("metrics={}", sink.url_write_only())]);
+        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+        let handle = client.open("metrics");
+        let mut written = Vec::new();
+        // A segmented send of pieces that need fragments is refused by the kernel; up to 1472 bytes
+        // fit the path.
+        for size in [1472, 1473, 2000, 100, 30_000, 1472] {
+            for number in 0..20 {
+                let mut body = format!("{number} of {size} ").into_bytes();
+                body.resize(size, b'.');
+                client.send(handle, &body);
+                written.push(body);
+            }
+            sink.wait_for(written.len());
+        }
+        assert!(sink.received() == written, "order or content changed");
+        let outcomes = client.flush(handle);
+        assert_eq!(outcomes.sent, written.len() as u64, "{outcomes:?}");
+    });
+}
+
+/// Runs `body` in a network namespace with this range of local ports: this test calls itself there
+/// by its `name`.
+fn with_ports(range: &str, name: &str, body: impl FnOnce()) {
+    if env::var_os(INSIDE).is_some() {
+        return body();
+    }
+    let script = format!(
+        "ip link set lo up && echo {range} > /proc/sys/net/ipv4/ip_local_port_range && \
+         exec \"$0\" --ignored --exact {name} --nocapture"
+    );
+    let mut unshare = Command::new("unshare");
+    if !rustix::process::geteuid().is_root() {
+        unshare.arg("--map-root-user");
+    }
+    let status = unshare
+        .args(["--net", "sh", "-c", &script])
+        .arg(env::current_exe().unwrap())
+        .env(INSIDE, "1")
+        .env("POOLBROKER_BIN", poolbroker_binary())
+        .status()
+        .expect("unshare is installed");
+    assert!(status.success(), "{name}, inside: {status}");
+}

@@ -1,0 +1,580 @@
+//! Requests: one reply each, to exactly the process that asked, whatever the upstream and the
+//! other clients do.
+
+#![forbid(unsafe_code)]
+#![allow(
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a failed step fails the test"
+)]
+
+use std::io::Write;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use poolbroker_proto::message::Retry;
+use poolbroker_proto::reason::Reason;
+use poolbroker_tests::Broker;
+use poolbroker_tests::broker::{count_of, list, total};
+use poolbroker_tests::deadline::wait_for;
+use poolbroker_tests::peers::{
+    FORGED, Manners, Marks, TcpBlackHole, TcpEcho, UdpBlackHole, UdpEcho, UdpSink, unused_port,
+};
+use poolbroker_tests::raw::{Answer, RawClient, ask};
+
+#[test]
+fn the_command_prints_the_reply() {
+    let echo = TcpEcho::start();
+    let broker = Broker::start(&[format!("echo={}", echo.url())]);
+    let output = broker.command("request").args(["echo", "hello"]).output();
+    let output = output.unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(output.stdout, b"hello\n");
+
+    let mut child = broker
+        .command("request")
+        .args(["echo", "-"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(b"from stdin")
+        .unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(output.stdout, b"from stdin\n");
+}
+
+#[test]
+fn every_framing_brings_the_reply_back() {
+    let (lines, crlf) = (
+        TcpEcho::start(),
+        TcpEcho::with(Marks::Crlf, Manners::Prompt),
+    );
+    let counted = TcpEcho::with(Marks::U32be, Manners::Prompt);
+    let udp = UdpEcho::start();
+    let broker = Broker::start(&[
+        format!("lines={}", lines.url()),
+        format!("crlf={}", crlf.url()),
+        format!("counted={}", counted.url()),
+        format!("udp={}", udp.url()),
+    ]);
+    let text = b"some text";
+    for upstream in ["lines", "crlf", "counted", "udp"] {
+        assert_eq!(ask(broker.runtime_dir(), upstream, text).reply(), text);
+    }
+    let binary: Vec<u8> = (0..=255).cycle().take(60_000).collect();
+    for upstream in ["counted", "udp"] {
+        assert_eq!(ask(broker.runtime_dir(), upstream, &binary).reply(), binary);
+    }
+}
+
+#[test]
+fn many_clients_share_no_more_connections_than_connections_max() {
+    let echo = TcpEcho::start();
+    let broker = with_limits(&echo.url(), "connections_max = 4");
+    let clients = storm(&broker, 16, 200, 0);
+    assert_eq!(
+        clients,
+        Totals {
+            own: 16 * 200,
+            failed: 0
+        }
+    );
+    assert!(echo.connections_ever() <= 4, "{}", echo.connections_ever());
+    let status = broker.status();
+    broker.assert_sums(&status);
+    let upstream = broker.upstream_status("echo");
+    assert_eq!(total(&upstream, "replied"), 16 * 200);
+    let connections = list(&upstream, "connections");
+    assert_eq!(connections.len(), echo.connections_open());
+    for connection in connections {
+        assert_eq!(connection["protocol"], "tcp");
+        assert_eq!(connection["role"], "exchange");
+        assert_eq!(connection["remote"], format!("127.0.0.1:{}", echo.port()));
+        let local = connection["local"].as_str().unwrap();
+        assert!(local.starts_with("127.0.0.1:"), "{connection:#}");
+        let fd = connection["fd"].as_u64().unwrap();
+        let link = std::fs::read_link(format!("/proc/{}/fd/{fd}", broker.pid())).unwrap();
+        assert!(link.to_str().unwrap().starts_with("socket:"), "{link:?}");
+    }
+}
+
+#[test]
+fn a_late_tcp_reply_never_reaches_another_request() {
+    let echo = TcpEcho::behaving(Manners::SlowEvery {
+        every: 7,
+        delay: Duration::from_millis(400),
+    });
+    let broker = with_limits(&echo.url(), "connections_max = 4");
+    let clients = storm(&broker, 16, 50, 300);
+    assert!(clients.own > 0 && clients.failed > 0, "{clients:?}");
+    let status = broker.status();
+    broker.assert_sums(&status);
+    assert_eq!(
+        total(&broker.upstream_status("echo"), "timed_out"),
+        clients.failed
+    );
+}
+
+#[test]
+fn a_late_udp_reply_never_reaches_another_request() {
+    let echo = UdpEcho::late_every(7, Duration::from_millis(150));
+    let broker = with_limits(&echo.url(), "connections_max = 4");
+    let clients = storm(&broker, 16, 100, 100);
+    assert!(clients.own > 0 && clients.failed > 0, "{clients:?}");
+    let status = broker.status();
+    broker.assert_sums(&status);
+    assert_eq!(
+        total(&broker.upstream_status("echo"), "timed_out"),
+        clients.failed
+    );
+}
+
+#[test]
+fn the_socket_of_an_unanswered_udp_request_stays_bound_and_hears_nothing() {
+    let echo = UdpEcho::late_every(1, Duration::from_millis(200));
+    let broker = with_limits(
+        &echo.url(),
+        "late_reply_window = \"10m\"\nlifetime = \"0s\"",
+    );
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("echo");
+    let failure = client.request(handle, 50, b"late").failure();
+    assert_eq!(failure.reason, Reason::RequestTimeout, "{failure:?}");
+    assert_eq!(failure.retry, Retry::MaybeExecuted);
+    wait_for("the late reply is sent", || {
+        (echo.replied() == 1).then_some(())
+    });
+    let upstream =
+        broker.wait_until_upstream("echo", |upstream| total(upstream, "replies_discarded") == 1);
+    let [retired] = list(&upstream, "connections") else {
+        panic!("one socket: {upstream:#}");
+    };
+    assert_eq!(retired["state"], "draining", "{retired:#}");
+    let sockets = poolbroker_tests::udp_table::udp_sockets_to(echo.port());
+    assert_eq!(sockets.len(), 1, "{sockets:?}");
+    assert_eq!(sockets[0].receive_queue_bytes, 0);
+}
+
+#[test]
+fn a_second_reply_to_an_idle_udp_socket_is_never_taken_for_the_next_one() {
+    let sink = UdpSink::answering(2);
+    let broker = with_limits(&sink.url(), "connections_max = 1");
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("echo");
+    for number in 1..=20u64 {
+        let token = format!("token {number}");
+        assert_eq!(
+            client.request(handle, 0, token.as_bytes()).reply(),
+            token.as_bytes()
+        );
+        // Either way the second reply is seen: discarded, or the reason for closing the socket.
+        broker.wait_until_upstream("echo", |upstream| {
+            let discarded = total(upstream, "replies_discarded");
+            discarded.max(count_of(upstream, "connections_closed", "unsolicited")) >= number
+        });
+    }
+}
+
+#[test]
+fn clients_that_leave_in_the_middle_disturb_nobody() {
+    let echo = TcpEcho::behaving(Manners::Slow(Duration::from_millis(5)));
+    let broker = with_limits(&echo.url(), "connections_max = 1");
+    let done = AtomicBool::new(false);
+    let clients = thread::scope(|scope| {
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+                let handle = client.open("echo");
+                client.send_request(handle, 1, 0, b"of a client that leaves");
+                thread::sleep(Duration::from_millis(fastrand::u64(0..20)));
+            }
+        });
+        scope.spawn(|| {
+            while !done.load(Ordering::SeqCst) {
+                let mut process = broker
+                    .command("request")
+                    .args(["echo", "of a killed process"])
+                    .stdout(Stdio::null())
+                    .stderr(Stdio::null())
+                    .spawn()
+                    .unwrap();
+                thread::sleep(Duration::from_millis(fastrand::u64(0..40)));
+                kill(&mut process);
+            }
+        });
+        let clients = storm(&broker, 8, 25, 0);
+        done.store(true, Ordering::SeqCst);
+        clients
+    });
+    assert_eq!(
+        clients,
+        Totals {
+            own: 8 * 25,
+            failed: 0
+        }
+    );
+    let status = broker.wait_until(|status| {
+        list(status, "sessions").is_empty() && total(&status["upstreams"][0], "in_flight") == 0
+    });
+    broker.assert_sums(&status);
+}
+
+#[test]
+fn a_connection_that_its_peer_closed_is_not_used_again() {
+    let echo = TcpEcho::behaving(Manners::ClosesAfterReply);
+    let broker = Broker::start(&[format!("echo={}", echo.url())]);
+    let clients = storm(&broker, 4, 100, 0);
+    assert_eq!(
+        clients,
+        Totals {
+            own: 400,
+            failed: 0
+        }
+    );
+    assert_eq!(echo.connections_ever(), 400);
+    assert_eq!(echo.messages(), 400, "no request was sent twice");
+}
+
+#[test]
+fn bytes_behind_a_complete_reply_reach_nobody() {
+    let echo = TcpEcho::behaving(Manners::ForgesSecondReply);
+    let broker = with_limits(&echo.url(), "connections_max = 1");
+    let clients = storm(&broker, 4, 50, 0);
+    assert_eq!(
+        clients,
+        Totals {
+            own: 200,
+            failed: 0
+        }
+    );
+    let upstream = broker.upstream_status("echo");
+    assert!(
+        count_of(&upstream, "connections_closed", "unsolicited") > 0,
+        "{upstream:#}"
+    );
+}
+
+#[test]
+fn a_reply_cut_by_a_reset_is_a_failure_and_never_a_short_reply() {
+    let echo = TcpEcho::behaving(Manners::ResetsInReply);
+    let broker = Broker::start(&[format!("echo={}", echo.url())]);
+    for _ in 0..10 {
+        let failure = ask(broker.runtime_dir(), "echo", b"a body of some length").failure();
+        assert_eq!(failure.reason, Reason::ConnectionLost, "{failure:?}");
+        assert_eq!(failure.retry, Retry::MaybeExecuted);
+        assert!(
+            failure.text.contains("echo"),
+            "the text names the upstream: {failure:?}"
+        );
+    }
+    echo.behave(Manners::Prompt);
+    assert_eq!(
+        ask(broker.runtime_dir(), "echo", b"again").reply(),
+        b"again"
+    );
+}
+
+#[test]
+fn a_reply_that_drips_or_never_ends_or_never_comes_is_given_up() {
+    let echo = TcpEcho::start();
+    let broker = with_limits(
+        &echo.url(),
+        "request_timeout = \"300ms\"\nmessage_bytes_max = 65536",
+    );
+    for (manners, reason) in [
+        (
+            Manners::Drips(Duration::from_millis(50)),
+            Reason::RequestTimeout,
+        ),
+        (Manners::NeverReplies, Reason::RequestTimeout),
+        (Manners::NeverEnds, Reason::ReplyTooLong),
+    ] {
+        echo.behave(manners);
+        let failure = ask(broker.runtime_dir(), "echo", &[b'x'; 100]).failure();
+        assert_eq!(failure.reason, reason, "{manners:?}: {failure:?}");
+        assert_eq!(failure.retry, Retry::MaybeExecuted);
+        echo.behave(Manners::Prompt);
+        assert_eq!(ask(broker.runtime_dir(), "echo", b"next").reply(), b"next");
+    }
+    let status = broker.status();
+    broker.assert_sums(&status);
+}
+
+#[test]
+fn the_waiting_line_has_an_end() {
+    let echo = TcpEcho::behaving(Manners::NeverReplies);
+    let broker = with_limits(&echo.url(), "connections_max = 1\nwaiters_max = 2");
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("echo");
+    client.send_request(handle, 1, 0, b"in exchange");
+    wait_for("the first request is being served", || {
+        (echo.messages() == 1).then_some(())
+    });
+    for waiting in [2, 3] {
+        client.send_request(handle, waiting, 0, b"waiting");
+    }
+    client.send_request(handle, 4, 0, b"too many");
+    let (correlation, answer) = client.next_answer();
+    let failure = answer.failure();
+    assert_eq!((correlation, failure.reason), (4, Reason::WaitersFull));
+    assert_eq!(failure.retry, Retry::NotSent);
+    let upstream = broker.upstream_status("echo");
+    assert_eq!(
+        (total(&upstream, "waiters"), total(&upstream, "in_flight")),
+        (2, 3)
+    );
+}
+
+#[test]
+fn waiting_for_a_connection_ends_after_wait_timeout() {
+    let echo = TcpEcho::behaving(Manners::NeverReplies);
+    let broker = with_limits(&echo.url(), "connections_max = 1\nwait_timeout = \"100ms\"");
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("echo");
+    client.send_request(handle, 1, 0, b"in exchange");
+    client.send_request(handle, 2, 0, b"waiting");
+    let (correlation, answer) = client.next_answer();
+    let failure = answer.failure();
+    assert_eq!((correlation, failure.reason), (2, Reason::WaitTimeout));
+    assert_eq!(failure.retry, Retry::NotSent);
+}
+
+#[test]
+fn a_black_hole_times_out_and_leaves_other_upstreams_alone() {
+    let (hole, echo) = (TcpBlackHole::start(), TcpEcho::start());
+    let config = format!(
+        "[upstream.hole]\nurl = \"{}\"\nconnect_timeout = \"300ms\"\nconnecting_max = 2\n\
+         wait_timeout = \"2s\"\n[upstream.echo]\nurl = \"{}\"\n",
+        hole.url(),
+        echo.url()
+    );
+    let broker = Broker::builder().config(&config).start();
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("hole");
+    for correlation in 1..=10 {
+        client.send_request(handle, correlation, 0, b"into the hole");
+    }
+    let connecting = |upstream: &serde_json::Value| {
+        let connections = list(upstream, "connections").iter();
+        connections
+            .filter(|connection| connection["state"] == "connecting")
+            .count()
+    };
+    broker.wait_until_upstream("hole", |upstream| connecting(upstream) == 2);
+    assert_eq!(
+        storm(&broker, 2, 50, 0),
+        Totals {
+            own: 100,
+            failed: 0
+        }
+    );
+    assert!(connecting(&broker.upstream_status("hole")) <= 2);
+    for _ in 1..=10 {
+        let failure = client.next_answer().1.failure();
+        assert_eq!(failure.retry, Retry::NotSent, "{failure:?}");
+        assert!(failure.text.contains("hole"), "{failure:?}");
+    }
+    let hole = broker.upstream_status("hole");
+    assert!(
+        count_of(&hole, "connections_closed", "connect_timeout") > 0,
+        "{hole:#}"
+    );
+}
+
+#[test]
+fn a_silent_udp_upstream_fails_the_request_and_not_the_broker() {
+    let (silent, echo) = (UdpBlackHole::start(), UdpEcho::start());
+    let broker = Broker::start(&[
+        format!("silent={}", silent.url()),
+        format!("echo={}", echo.url()),
+    ]);
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("silent");
+    let failure = client.request(handle, 100, b"anybody?").failure();
+    assert_eq!(failure.reason, Reason::RequestTimeout, "{failure:?}");
+    assert_eq!(ask(broker.runtime_dir(), "echo", b"here").reply(), b"here");
+}
+
+#[test]
+fn an_upstream_that_is_down_is_named_and_serves_again_by_itself() {
+    let mut echo = TcpEcho::start();
+    let broker = Broker::start(&[format!("echo={}", echo.url())]);
+    assert_eq!(ask(broker.runtime_dir(), "echo", b"up").reply(), b"up");
+    echo.stop();
+    let failure = wait_for("requests fail", || {
+        match ask(broker.runtime_dir(), "echo", b"x") {
+            Answer::Failed(failure) => Some(failure),
+            Answer::Reply(_) | Answer::Closed => None,
+        }
+    });
+    for name in ["echo", &echo.port().to_string()] {
+        assert!(failure.text.contains(name), "{name} is named: {failure:?}");
+    }
+    let output = broker
+        .command("request")
+        .args(["echo", "x"])
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(stderr.contains("echo"), "{stderr}");
+    echo.restart();
+    let reply = wait_for("service resumes", || {
+        match ask(broker.runtime_dir(), "echo", b"back") {
+            Answer::Reply(body) => Some(body),
+            Answer::Failed(_) | Answer::Closed => None,
+        }
+    });
+    assert_eq!(reply, b"back");
+    let status = broker.status();
+    broker.assert_sums(&status);
+}
+
+#[test]
+fn a_refused_connection_is_a_failure_that_may_be_repeated() {
+    let url = format!("tcp://127.0.0.1:{}", unused_port());
+    let broker = Broker::start(&[format!("down={url}")]);
+    let output = broker
+        .command("request")
+        .args(["down", "x", "--timeout", "3s"])
+        .output()
+        .unwrap();
+    assert!(
+        [Some(1), Some(4)].contains(&output.status.code()),
+        "{output:?}"
+    );
+    let failure = ask(broker.runtime_dir(), "down", b"x").failure();
+    assert_eq!(failure.retry, Retry::NotSent, "{failure:?}");
+}
+
+#[test]
+fn sends_that_provoke_answers_never_disturb_a_request() {
+    let echo = TcpEcho::start();
+    let broker = with_limits(&echo.url(), "connections_max = 3");
+    let done = AtomicBool::new(false);
+    let sent = AtomicU64::new(0);
+    let clients = thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+                let handle = client.open("echo");
+                while !done.load(Ordering::SeqCst) {
+                    for _ in 0..20 {
+                        client.send(handle, b"a send that is answered");
+                    }
+                    sent.fetch_add(20, Ordering::SeqCst);
+                    let outcomes = client.flush(handle);
+                    assert_eq!(outcomes.sent, outcomes.accepted, "{outcomes:?}");
+                }
+            });
+        }
+        let clients = storm(&broker, 4, 200, 0);
+        done.store(true, Ordering::SeqCst);
+        clients
+    });
+    assert_eq!(
+        clients,
+        Totals {
+            own: 800,
+            failed: 0
+        }
+    );
+    let sent = sent.load(Ordering::SeqCst);
+    let upstream =
+        broker.wait_until_upstream("echo", |upstream| total(upstream, "replies_discarded") >= 1);
+    assert_eq!(total(&upstream, "sent"), sent);
+    let one_way = list(&upstream, "connections").iter();
+    let one_way = one_way.filter(|connection| connection["role"] == "one_way");
+    assert_eq!(one_way.count(), 1, "{upstream:#}");
+}
+
+#[test]
+fn the_same_id_in_two_sessions_means_two_requests() {
+    let echo = TcpEcho::behaving(Manners::Slow(Duration::from_millis(50)));
+    let broker = Broker::start(&[format!("echo={}", echo.url())]);
+    let mut clients: Vec<_> = (0..4)
+        .map(|number| {
+            let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+            let handle = client.open("echo");
+            client.send_request(handle, 7, 0, format!("of client {number}").as_bytes());
+            client
+        })
+        .collect();
+    for (number, client) in clients.iter_mut().enumerate() {
+        let (correlation, answer) = client.next_answer();
+        assert_eq!(correlation, 7);
+        assert_eq!(answer.reply(), format!("of client {number}").as_bytes());
+    }
+}
+
+/// What became of many requests.
+#[derive(Debug, PartialEq, Eq)]
+struct Totals {
+    own: u64,
+    failed: u64,
+}
+
+/// `clients` at once make `requests` each, one after the other, with a body that occurs only once.
+/// A reply that belongs to another request fails the test.
+fn storm(broker: &Broker, clients: usize, requests: usize, timeout_ms: u32) -> Totals {
+    let (own, failed) = (AtomicU64::new(0), AtomicU64::new(0));
+    thread::scope(|scope| {
+        for _ in 0..clients {
+            scope.spawn(|| {
+                let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+                let handle = client.open("echo");
+                for _ in 0..requests {
+                    let token = format!("{:032x}", fastrand::u128(..));
+                    match client.request(handle, timeout_ms, token.as_bytes()) {
+                        Answer::Reply(body) => {
+                            assert_ne!(body, FORGED, "a forged reply was delivered");
+                            assert_eq!(body, token.as_bytes(), "another request's reply");
+                            own.fetch_add(1, Ordering::SeqCst);
+                        }
+                        Answer::Failed(_) => {
+                            failed.fetch_add(1, Ordering::SeqCst);
+                        }
+                        Answer::Closed => panic!("the session ended"),
+                    }
+                }
+            });
+        }
+    });
+    Totals {
+        own: own.into_inner(),
+        failed: failed.into_inner(),
+    }
+}
+
+fn with_limits(url: &str, limits: &str) -> Broker {
+    let config = format!("[upstream.echo]\nurl = \"{url}\"\n{limits}\n");
+    Broker::builder().config(&config).start()
+}
+
+fn kill(process: &mut Child) {
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+#[test]
+fn a_process_in_the_shell_can_ask_many_times() {
+    let echo = TcpEcho::start();
+    let broker = Broker::start(&[format!("echo={}", echo.url())]);
+    let program = broker.command("request").get_program().to_owned();
+    let script = format!(
+        "for i in 1 2 3 4 5; do '{}' request --runtime-dir '{}' echo $i || exit 1; done",
+        program.to_str().unwrap(),
+        broker.runtime_dir().display()
+    );
+    let output = Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert_eq!(output.stdout, b"1\n2\n3\n4\n5\n", "{output:?}");
+    assert_eq!(echo.connections_ever(), 1, "the connection stayed warm");
+}
