@@ -57,6 +57,9 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// replies they wrap after 290 s.
 const DISCARD_INTERVAL: Duration = Duration::from_secs(60);
 
+/// What connections have to end in order once the time to drain is over.
+const CLOSING_GRACE: Duration = Duration::from_secs(1);
+
 /// How long sources without quota for a buffer wait before they try again.
 const STARVED_PAUSE: Duration = Duration::from_millis(10);
 
@@ -927,6 +930,7 @@ impl Shard {
                     };
                 } else if is_last_pass {
                     self.begin_closing(deadline);
+                    return self.advance_drain();
                 } else {
                     // FIFOs and pipes have no end of their own: one more look at all of them.
                     for id in self.sources.table.keys().collect::<Vec<_>>() {
