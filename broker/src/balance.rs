@@ -162,11 +162,7 @@ impl Balance {
     pub fn fail_fast(&self, now: Time) -> Option<Reason> {
         let open = self.failures_in_a_row >= self.limits.breaker_failures && now < self.retry_at;
         let unresolved = self.addresses.is_empty() && self.last_failure.is_some();
-        if open || unresolved {
-            self.last_failure
-        } else {
-            None
-        }
+        if open || unresolved { self.last_failure } else { None }
     }
 
     /// Where the breaker stands.
@@ -235,23 +231,13 @@ mod tests {
                 continue;
             };
             let wait = retry.since(now);
-            let ceiling = LIMITS
-                .backoff_base
-                .saturating_mul(1 << (failure - 1).min(16));
-            assert!(
-                wait <= ceiling.min(LIMITS.backoff_max),
-                "{failure}: {wait:?}"
-            );
+            let ceiling = LIMITS.backoff_base.saturating_mul(1 << (failure - 1).min(16));
+            assert!(wait <= ceiling.min(LIMITS.backoff_max), "{failure}: {wait:?}");
             waits.push(wait);
             now = retry;
         }
         assert!(waits.iter().any(|wait| *wait > Duration::from_secs(2)));
-        assert!(
-            waits[20..]
-                .iter()
-                .any(|wait| *wait < Duration::from_secs(1)),
-            "full jitter"
-        );
+        assert!(waits[20..].iter().any(|wait| *wait < Duration::from_secs(1)), "full jitter");
     }
 
     #[test]
@@ -270,11 +256,7 @@ mod tests {
         assert_eq!(balance.breaker(), Breaker::HalfOpen);
         assert_eq!(balance.pick(now), Pick::Probing);
         balance.handle_connected();
-        assert_ne!(
-            balance.breaker(),
-            Breaker::Closed,
-            "it may accept and reset"
-        );
+        assert_ne!(balance.breaker(), Breaker::Closed, "it may accept and reset");
         balance.handle_useful();
         assert_eq!(balance.breaker(), Breaker::Closed);
         assert!(matches!(balance.pick(now), Pick::Address(_)));

@@ -71,11 +71,7 @@ impl Spares {
     /// An empty buffer of [`RECEIVE_BYTES`].
     pub fn take(&mut self) -> ReceiveBuffer {
         let bytes = self.idle.pop().unwrap_or_else(|| vec![0; RECEIVE_BYTES]);
-        ReceiveBuffer {
-            bytes,
-            start: 0,
-            end: 0,
-        }
+        ReceiveBuffer { bytes, start: 0, end: 0 }
     }
 
     /// Takes a buffer back.

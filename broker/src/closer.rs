@@ -23,10 +23,7 @@ impl Closer {
         std::thread::Builder::new()
             .name("closer".into())
             .spawn(move || descriptors.into_iter().for_each(drop))?;
-        Ok(Closer {
-            queue,
-            overflow: Vec::new(),
-        })
+        Ok(Closer { queue, overflow: Vec::new() })
     }
 
     /// Closes a descriptor, which must no longer be watched, without waiting.

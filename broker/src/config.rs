@@ -179,18 +179,9 @@ pub struct LimitSection {
 
 /// Every limit there is, by the section of the file in which it stands.
 pub const LIMIT_SECTIONS: &[LimitSection] = &[
-    LimitSection {
-        header: "[upstream.NAME]",
-        rows: UpstreamLimits::TABLE,
-    },
-    LimitSection {
-        header: "[limits]",
-        rows: BrokerLimits::TABLE,
-    },
-    LimitSection {
-        header: "[dynamic]",
-        rows: Dynamic::TABLE,
-    },
+    LimitSection { header: "[upstream.NAME]", rows: UpstreamLimits::TABLE },
+    LimitSection { header: "[limits]", rows: BrokerLimits::TABLE },
+    LimitSection { header: "[dynamic]", rows: Dynamic::TABLE },
 ];
 
 macro_rules! limits {
@@ -396,9 +387,7 @@ impl Config {
     pub fn parse(text: &str, source_name: &str) -> Result<Self, ConfigError> {
         let source = Source { text, source_name };
         let root = DeTable::parse(text).map_err(|error| {
-            let line = error
-                .span()
-                .map(|span| line_at(text.as_bytes(), span.start));
+            let line = error.span().map(|span| line_at(text.as_bytes(), span.start));
             ConfigError {
                 source_name: source_name.to_owned(),
                 line,
@@ -440,9 +429,7 @@ impl Config {
             return Err(error("", format!("{name_and_url:?} {problem}")));
         };
         check_upstream_name(name).map_err(|problem| error("", problem))?;
-        let url = url
-            .parse::<UpstreamUrl>()
-            .map_err(|problem| error(name, problem.to_string()))?;
+        let url = url.parse::<UpstreamUrl>().map_err(|problem| error(name, problem.to_string()))?;
         if self.upstreams.iter().any(|upstream| upstream.name == name) {
             let problem = "this upstream is configured already: choose another name";
             return Err(error(name, problem.into()));
@@ -499,20 +486,13 @@ impl fmt::Display for Overflow {
 
 impl Default for FifoConfig {
     fn default() -> Self {
-        FifoConfig {
-            mode: 0o600,
-            group: None,
-            framing: Framing::Lines,
-        }
+        FifoConfig { mode: 0o600, group: None, framing: Framing::Lines }
     }
 }
 
 impl Default for SocketAccess {
     fn default() -> Self {
-        SocketAccess {
-            mode: 0o600,
-            group: None,
-        }
+        SocketAccess { mode: 0o600, group: None }
     }
 }
 
@@ -546,15 +526,10 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
 
 fn read_overflow(entry: &Entry<'_>) -> Result<Overflow, ConfigError> {
     let text = entry.text()?;
-    let found = Overflow::ALL
-        .into_iter()
-        .find(|overflow| overflow.to_string() == text);
+    let found = Overflow::ALL.into_iter().find(|overflow| overflow.to_string() == text);
     found.ok_or_else(|| {
         let names = Overflow::ALL.map(|overflow| overflow.to_string());
-        entry.wrong(format!(
-            "{text:?} is unknown; there are: {}",
-            names.join(", ")
-        ))
+        entry.wrong(format!("{text:?} is unknown; there are: {}", names.join(", ")))
     })
 }
 
@@ -625,19 +600,14 @@ fn read_dynamic(section: &Entry<'_>) -> Result<Dynamic, ConfigError> {
 fn read_networks(entry: &Entry<'_>) -> Result<Vec<IpNet>, ConfigError> {
     let form = "a list of networks like [\"127.0.0.0/8\", \"::1/128\"]";
     let value = entry.value.get_ref();
-    let list = value
-        .as_array()
-        .ok_or_else(|| entry.wrong(expected(form, value)))?;
+    let list = value.as_array().ok_or_else(|| entry.wrong(expected(form, value)))?;
     let network = |item: &Spanned<DeValue<'_>>| {
         let offset = item.span().start;
         let wrong = |problem| entry.error_at(offset, entry.path(), problem);
         let text = item.get_ref().as_str();
         let text = text.ok_or_else(|| wrong(expected(form, item.get_ref())))?;
-        text.parse::<IpNet>().map_err(|_| {
-            wrong(format!(
-                "{text:?} is not a network like 127.0.0.0/8 or ::1/128"
-            ))
-        })
+        text.parse::<IpNet>()
+            .map_err(|_| wrong(format!("{text:?} is not a network like 127.0.0.0/8 or ::1/128")))
     };
     list.iter().map(network).collect()
 }
@@ -661,11 +631,8 @@ fn read_limits(section: &Entry<'_>) -> Result<BrokerLimits, ConfigError> {
         read_limit(&entry, set, &[], BrokerLimits::TABLE)?;
     }
     if limits.nobuf_backoff_min > limits.nobuf_backoff_max {
-        let problem = exceeds(
-            &limits.nobuf_backoff_min,
-            "nobuf_backoff_max",
-            &limits.nobuf_backoff_max,
-        );
+        let problem =
+            exceeds(&limits.nobuf_backoff_min, "nobuf_backoff_max", &limits.nobuf_backoff_max);
         return Err(section.wrong_inside("nobuf_backoff_min", problem));
     }
     Ok(limits)
@@ -726,16 +693,14 @@ fn check_fifos(
 ) -> Result<(), ConfigError> {
     let most = config.broker.fifo_record_bytes_max;
     let fixed = |upstream: &UpstreamConfig| match upstream.fifo.as_ref()?.framing {
-        Framing::Fixed { size } if usize::try_from(size).map_or(true, |size| size > most) => Some(
-            format!("records of {size} bytes exceed fifo_record_bytes_max {most}"),
-        ),
+        Framing::Fixed { size } if usize::try_from(size).map_or(true, |size| size > most) => {
+            Some(format!("records of {size} bytes exceed fifo_record_bytes_max {most}"))
+        }
         _ => None,
     };
     for upstream in &config.upstreams {
         if let Some(problem) = fixed(upstream) {
-            let sections = root
-                .get("upstream")
-                .and_then(|value| value.get_ref().as_table());
+            let sections = root.get("upstream").and_then(|value| value.get_ref().as_table());
             let key_span = sections
                 .and_then(|table| table.get_key_value(upstream.name.as_str()))
                 .map(|(key, _)| key.span());
@@ -751,11 +716,7 @@ fn check_fifos(
 }
 
 fn exceeds<T: Setting>(value: &T, other: &str, most: &T) -> String {
-    format!(
-        "{} is more than {other}, which is {}",
-        value.show(),
-        most.show()
-    )
+    format!("{} is more than {other}, which is {}", value.show(), most.show())
 }
 
 #[cfg(test)]
@@ -827,39 +788,21 @@ mod tests {
     fn each_mistake_in_an_upstream_is_refused_at_its_line() {
         for (line, says) in [
             ("waiters_max = -1", "whole number from 0 to"),
-            (
-                "waiters_max = 99999999999999999999",
-                "whole number from 0 to",
-            ),
-            (
-                "keepalive_probes = 4294967296",
-                "whole number from 0 to 4294967295",
-            ),
+            ("waiters_max = 99999999999999999999", "whole number from 0 to"),
+            ("keepalive_probes = 4294967296", "whole number from 0 to 4294967295"),
             ("waiters_max = 1.5", "whole number, not 1.5"),
             ("waiters_max = \"8\"", "whole number, not \"8\""),
-            (
-                "connections_min = 9",
-                "9 is more than connections_max, which is 8",
-            ),
-            (
-                "backoff_base = \"4s\"",
-                "4s is more than backoff_max, which is 3s",
-            ),
+            ("connections_min = 9", "9 is more than connections_max, which is 8"),
+            ("backoff_base = \"4s\"", "4s is more than backoff_max, which is 3s"),
             ("connect_timeout = 5", "a duration like"),
             ("connect_timeout = \"5\"", "a duration like"),
             ("connect_timeout = \"-5s\"", "a duration like"),
             ("connect_timeout = \"0s\"", "out of range: from 1ms to 10m"),
-            (
-                "connect_timeout = \"999999999999999999999s\"",
-                "a duration like",
-            ),
+            ("connect_timeout = \"999999999999999999999s\"", "a duration like"),
             ("lifetime = \"1000days\"", "out of range"),
             ("overflow = \"drop\"", "block, drop-newest, drop-oldest"),
             ("overflow = true", "a text in quotes, not true"),
-            (
-                "coalesce = 1",
-                "unknown key \"coalesce\"; there are: url, overflow",
-            ),
+            ("coalesce = 1", "unknown key \"coalesce\"; there are: url, overflow"),
             ("fifo = 3", "false or a table"),
             ("fifo = { mode = \"0644\" }", "lets others read the FIFO"),
             ("fifo = { mode = \"0022\" }", "lacks 0600"),
@@ -872,16 +815,10 @@ mod tests {
             ("fifo = { framing = \"line\" }", "unknown framing"),
             ("fifo = { framing = \"fixed\" }", "needs its size"),
             ("fifo = { framing = \"fixed&size=x\" }", "is no number"),
-            (
-                "fifo = { owner = \"root\" }",
-                "unknown key \"owner\"; there are: mode",
-            ),
+            ("fifo = { owner = \"root\" }", "unknown key \"owner\"; there are: mode"),
         ] {
             let error = problem(&format!("[upstream.a]\nurl = \"tcp://x:1\"\n{line}\n"));
-            assert!(
-                error.starts_with("pb.toml:3: upstream.a"),
-                "{line}: {error}"
-            );
+            assert!(error.starts_with("pb.toml:3: upstream.a"), "{line}: {error}");
             assert!(error.contains(says), "{line}: {error}");
         }
     }
@@ -889,59 +826,26 @@ mod tests {
     #[test]
     fn each_mistake_elsewhere_is_refused_at_its_line() {
         for (text, says) in [
-            (
-                "x = 1",
-                "pb.toml:1: unknown key \"x\"; there are: upstream, dynamic",
-            ),
-            (
-                "[upstreams.a]",
-                "pb.toml:1: unknown key \"upstreams\"; did you mean \"upstream\"?",
-            ),
-            (
-                "\nupstream = 3",
-                "pb.toml:2: upstream: must be a table, not 3",
-            ),
-            (
-                "[upstream]\na = \"tcp://x:1\"",
-                "pb.toml:2: upstream.a: must be a table",
-            ),
-            (
-                "[upstream.a]",
-                "pb.toml:1: upstream.a.url: is missing; for example",
-            ),
-            (
-                "[upstream.a]\nurl = 1",
-                "pb.toml:2: upstream.a.url: must be a text",
-            ),
-            (
-                "[upstream.a]\nurl = \"htp://x\"",
-                "pb.toml:2: upstream.a.url: \"htp://x\"",
-            ),
+            ("x = 1", "pb.toml:1: unknown key \"x\"; there are: upstream, dynamic"),
+            ("[upstreams.a]", "pb.toml:1: unknown key \"upstreams\"; did you mean \"upstream\"?"),
+            ("\nupstream = 3", "pb.toml:2: upstream: must be a table, not 3"),
+            ("[upstream]\na = \"tcp://x:1\"", "pb.toml:2: upstream.a: must be a table"),
+            ("[upstream.a]", "pb.toml:1: upstream.a.url: is missing; for example"),
+            ("[upstream.a]\nurl = 1", "pb.toml:2: upstream.a.url: must be a text"),
+            ("[upstream.a]\nurl = \"htp://x\"", "pb.toml:2: upstream.a.url: \"htp://x\""),
             ("[upstream.a]\nurl = \"tcp://x:65536\"", "1 to 65535"),
-            (
-                "[upstream.Ab]",
-                "pb.toml:1: upstream.Ab: upstream name \"Ab\": lower-case",
-            ),
+            ("[upstream.Ab]", "pb.toml:1: upstream.Ab: upstream name \"Ab\": lower-case"),
             ("[upstream.admin]", "the broker's own"),
-            (
-                "[upstream.a]\nurl = \"tcp://x:1\"\n[upstream.a]",
-                "pb.toml:3: not TOML: duplicate",
-            ),
+            ("[upstream.a]\nurl = \"tcp://x:1\"\n[upstream.a]", "pb.toml:3: not TOML: duplicate"),
             ("a = [", "pb.toml:1: not TOML: "),
             (
                 "[dynamic]\nallow = [\n\"10.0.0.0/8\",\n\"10/8\"]",
                 "pb.toml:4: dynamic.allow: \"10/8\"",
             ),
             ("[dynamic]\nallow = \"10.0.0.0/8\"", "a list of networks"),
-            (
-                "[dynamic]\nupstreams_max = 0",
-                "pb.toml:2: dynamic.upstreams_max: 0 is out",
-            ),
+            ("[dynamic]\nupstreams_max = 0", "pb.toml:2: dynamic.upstreams_max: 0 is out"),
             ("[socket]\nmode = \"0400\"", "pb.toml:2: socket.mode"),
-            (
-                "[limits]\ndrain_time = 1",
-                "did you mean \"drain_timeout\"?",
-            ),
+            ("[limits]\ndrain_time = 1", "did you mean \"drain_timeout\"?"),
             (
                 "[limits]\nnobuf_backoff_min = \"1s\"",
                 "pb.toml:2: limits.nobuf_backoff_min: 1s is more than nobuf_backoff_max",
@@ -971,24 +875,13 @@ mod tests {
     #[test]
     fn upstreams_of_the_command_line_are_checked_like_those_of_the_file() {
         let mut config = Config::parse("[upstream.a]\nurl = \"udp://x:1\"", "pb.toml").unwrap();
-        config
-            .add_upstream("b=udp-write-only://[::1]:8125")
-            .unwrap();
-        assert_eq!(
-            config.upstreams[1].limits.message_bytes_max,
-            UDP_PAYLOAD_BYTES_MAX
-        );
+        config.add_upstream("b=udp-write-only://[::1]:8125").unwrap();
+        assert_eq!(config.upstreams[1].limits.message_bytes_max, UDP_PAYLOAD_BYTES_MAX);
         for (text, says) in [
             ("b", "--upstream: \"b\" is not NAME=URL; for example"),
             ("B=udp://x:1", "lower-case"),
-            (
-                "c=udp://x",
-                "--upstream: c: \"udp://x\" is not the URL of an upstream",
-            ),
-            (
-                "a=udp://x:1",
-                "--upstream: a: this upstream is configured already",
-            ),
+            ("c=udp://x", "--upstream: c: \"udp://x\" is not the URL of an upstream"),
+            ("a=udp://x:1", "--upstream: a: this upstream is configured already"),
             ("b=udp://x:1", "configured already"),
         ] {
             let error = config.add_upstream(text).unwrap_err().to_string();
@@ -1004,11 +897,7 @@ mod tests {
         let error = Config::load(file.path()).unwrap_err();
         assert_eq!(error.line, Some(2), "{error}");
         let error = Config::load(Path::new("/nonexistent/pb.toml")).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("/nonexistent/pb.toml: cannot be read: ")
-        );
+        assert!(error.to_string().starts_with("/nonexistent/pb.toml: cannot be read: "));
     }
 
     #[test]

@@ -112,10 +112,7 @@ pub fn run(config: Config, runtime_dir: RuntimeDir) -> Result<Ending, StartError
     let fifos = open_fifos(&config, &runtime_dir)?;
     let client_socket = runtime_dir.client_socket();
     let listener = listen(&client_socket, &config.socket)?;
-    let private = SocketAccess {
-        mode: 0o600,
-        group: None,
-    };
+    let private = SocketAccess { mode: 0o600, group: None };
     let admin = UnixListener::from(listen(&runtime_dir.admin_socket(), &private)?);
     // Not known before Linux 6.16; descriptors that come are never received here.
     let _ = sockopt::refuse_descriptors(&admin);
@@ -123,21 +120,11 @@ pub fn run(config: Config, runtime_dir: RuntimeDir) -> Result<Ending, StartError
         tracing::warn!("this kernel cannot read pipes without waiting: passed pipes will fail");
     }
     let resolved = commands.clone();
-    let resolver = Resolver::start(
-        config.broker.resolve_interval,
-        move |upstream, addresses| {
-            resolved.send(Command::Resolved {
-                upstream,
-                addresses,
-            })
-        },
-    )
+    let resolver = Resolver::start(config.broker.resolve_interval, move |upstream, addresses| {
+        resolved.send(Command::Resolved { upstream, addresses })
+    })
     .map_err(kernel("the resolver thread"))?;
-    let names: Vec<_> = config
-        .upstreams
-        .iter()
-        .map(|upstream| upstream.name.clone())
-        .collect();
+    let names: Vec<_> = config.upstreams.iter().map(|upstream| upstream.name.clone()).collect();
     let parts = ShardParts {
         config,
         runtime_dir: runtime_dir.path().to_path_buf(),
@@ -153,12 +140,7 @@ pub fn run(config: Config, runtime_dir: RuntimeDir) -> Result<Ending, StartError
     tracing::info!(
         runtime_dir = %runtime_dir.path().display(), upstreams = names.join(","), "serving"
     );
-    let control = Control {
-        signals,
-        admin,
-        commands,
-        ended,
-    };
+    let control = Control { signals, admin, commands, ended };
     let ending = control.serve();
     for path in [client_socket, runtime_dir.admin_socket()] {
         if let Err(error) = std::fs::remove_file(&path) {
@@ -192,17 +174,11 @@ fn finish(
             tracing::info!("ended");
             Ok(ending)
         }
-        Some(Err(cause)) => Err(StartError::Kernel {
-            what: "the event loop".into(),
-            cause,
-        }),
+        Some(Err(cause)) => Err(StartError::Kernel { what: "the event loop".into(), cause }),
         None => {
             let thread = shard.thread().name().unwrap_or("shard").to_owned();
             let cause = io::Error::other("it panicked; please report what is printed above");
-            Err(StartError::Kernel {
-                what: format!("the {thread} thread"),
-                cause,
-            })
+            Err(StartError::Kernel { what: format!("the {thread} thread"), cause })
         }
     }
 }
@@ -242,21 +218,15 @@ fn make_directory(path: &Path) -> Result<(), StartError> {
         }
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
         Err(error) => {
-            return Err(kernel(format!(
-                "the runtime directory {path:?} cannot be made"
-            ))(error));
+            return Err(kernel(format!("the runtime directory {path:?} cannot be made"))(error));
         }
     }
-    let unsafe_directory = |problem: String| StartError::UnsafeDirectory {
-        path: path.to_path_buf(),
-        problem,
-    };
+    let unsafe_directory =
+        |problem: String| StartError::UnsafeDirectory { path: path.to_path_buf(), problem };
     let found =
         std::fs::metadata(path).map_err(kernel(format!("the runtime directory {path:?}")))?;
     if !found.is_dir() {
-        return Err(unsafe_directory(
-            "is not a directory: choose another".into(),
-        ));
+        return Err(unsafe_directory("is not a directory: choose another".into()));
     }
     let own = geteuid().as_raw();
     if found.uid() != own {
@@ -289,24 +259,15 @@ fn take_lock(path: &Path) -> Result<Flock<File>, StartError> {
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(mut lock) => {
             let pid = format!("{}\n", std::process::id());
-            let written = lock
-                .set_len(0)
-                .and_then(|()| lock.write_all(pid.as_bytes()));
+            let written = lock.set_len(0).and_then(|()| lock.write_all(pid.as_bytes()));
             written.map_err(kernel(format!("the lock file {path:?}")))?;
             Ok(lock)
         }
         Err((mut file, nix::errno::Errno::EWOULDBLOCK)) => {
             let mut pid = String::new();
             let is_known = file.read_to_string(&mut pid).is_ok() && !pid.trim().is_empty();
-            let pid = if is_known {
-                format!(" (pid {})", pid.trim())
-            } else {
-                String::new()
-            };
-            Err(StartError::AlreadyRunning {
-                path: path.to_path_buf(),
-                pid,
-            })
+            let pid = if is_known { format!(" (pid {})", pid.trim()) } else { String::new() };
+            Err(StartError::AlreadyRunning { path: path.to_path_buf(), pid })
         }
         Err((_, error)) => Err(kernel(format!("the lock file {path:?}"))(error.into())),
     }
@@ -319,9 +280,7 @@ fn listen(path: &Path, access: &SocketAccess) -> Result<OwnedFd, StartError> {
             std::fs::remove_file(path).map_err(kernel(format!("the stale socket {path:?}")))?;
         }
         Ok(_) => {
-            return Err(StartError::NotASocket {
-                path: path.to_path_buf(),
-            });
+            return Err(StartError::NotASocket { path: path.to_path_buf() });
         }
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         Err(error) => return Err(kernel(format!("the socket {path:?}"))(error)),
@@ -338,12 +297,7 @@ fn open_fifos(config: &Config, dir: &RuntimeDir) -> Result<Vec<OpenFifo>, StartE
         let path = dir.fifo(&config.name);
         let group = find_group(fifo.group.as_deref(), &path)?;
         let fd = open_fifo(&path, fifo.mode, group)?;
-        fifos.push(OpenFifo {
-            fd,
-            path,
-            upstream,
-            framing: fifo.framing,
-        });
+        fifos.push(OpenFifo { fd, path, upstream, framing: fifo.framing });
     }
     Ok(fifos)
 }
@@ -354,10 +308,7 @@ fn find_group(name: Option<&str>, of: &Path) -> Result<Option<Gid>, StartError> 
         Group::from_name(name).map_err(|error| kernel(format!("group {name:?}"))(error.into()))?;
     match found {
         Some(group) => Ok(Some(group.gid)),
-        None => Err(StartError::NoGroup {
-            name: name.to_owned(),
-            of: of.to_path_buf(),
-        }),
+        None => Err(StartError::NoGroup { name: name.to_owned(), of: of.to_path_buf() }),
     }
 }
 
@@ -389,19 +340,11 @@ impl Control {
                 Err(TryRecvError::Empty) => {}
             }
             while let Ok(Some(signal)) = self.signals.read_signal() {
-                let command = if is_draining {
-                    Command::Stop
-                } else {
-                    Command::Drain
-                };
+                let command = if is_draining { Command::Stop } else { Command::Drain };
                 tracing::info!(
                     signal = signal.ssi_signo,
                     "{}",
-                    if is_draining {
-                        "stopping at once"
-                    } else {
-                        "draining"
-                    }
+                    if is_draining { "stopping at once" } else { "draining" }
                 );
                 is_draining = true;
                 self.commands.send(command);
@@ -456,10 +399,7 @@ mod tests {
         let path = dir.path().join("broker.lock");
         let lock = take_lock(&path).unwrap();
         let refused = take_lock(&path).unwrap_err().to_string();
-        assert!(
-            refused.contains(&format!("pid {}", std::process::id())),
-            "{refused}"
-        );
+        assert!(refused.contains(&format!("pid {}", std::process::id())), "{refused}");
         drop(lock);
         take_lock(&path).unwrap();
     }
@@ -479,20 +419,14 @@ mod tests {
     #[test]
     fn a_stale_socket_is_replaced_and_a_file_is_not() {
         let dir = tempfile::tempdir().unwrap();
-        let access = SocketAccess {
-            mode: 0o600,
-            group: None,
-        };
+        let access = SocketAccess { mode: 0o600, group: None };
         let path = dir.path().join("s");
         for _ in 0..2 {
             listen(&path, &access).unwrap();
         }
         let file = dir.path().join("f");
         std::fs::write(&file, "data").unwrap();
-        assert!(matches!(
-            listen(&file, &access),
-            Err(StartError::NotASocket { .. })
-        ));
+        assert!(matches!(listen(&file, &access), Err(StartError::NotASocket { .. })));
         assert!(file.exists());
     }
 }

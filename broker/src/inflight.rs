@@ -77,12 +77,7 @@ impl InFlight {
         deadline: Time,
     ) -> RequestId {
         let place = Place::Waiting { deadline };
-        self.requests.insert(Request {
-            owner,
-            asked_at,
-            caller_deadline,
-            place,
-        })
+        self.requests.insert(Request { owner, asked_at, caller_deadline, place })
     }
 
     /// The request, while it has not ended.

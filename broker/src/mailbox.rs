@@ -23,10 +23,7 @@ pub struct MailSender<T> {
 
 impl<T> Clone for MailSender<T> {
     fn clone(&self) -> Self {
-        MailSender {
-            sender: self.sender.clone(),
-            event: Arc::clone(&self.event),
-        }
+        MailSender { sender: self.sender.clone(), event: Arc::clone(&self.event) }
     }
 }
 
@@ -34,10 +31,7 @@ impl<T> Clone for MailSender<T> {
 pub fn mailbox<T>(messages_max: usize) -> Result<(MailSender<T>, Mailbox<T>), Errno> {
     let event = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
     let (sender, receiver) = bounded(messages_max);
-    let ours = MailSender {
-        sender,
-        event: Arc::clone(&event),
-    };
+    let ours = MailSender { sender, event: Arc::clone(&event) };
     Ok((ours, Mailbox { receiver, event }))
 }
 

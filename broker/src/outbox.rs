@@ -90,10 +90,7 @@ impl Outbox {
 
     /// The lengths of the unsent messages, oldest first.
     pub fn unsent_lens(&self) -> impl Iterator<Item = usize> {
-        self.lens
-            .iter()
-            .skip(self.window_messages)
-            .map(|len| *len as usize)
+        self.lens.iter().skip(self.window_messages).map(|len| *len as usize)
     }
 
     /// When the oldest unsent message was accepted.
@@ -120,11 +117,7 @@ impl Outbox {
             Some(last) if last.source == source && last.accepted_at == now => {
                 last.messages += messages;
             }
-            _ => self.runs.push_back(Run {
-                source,
-                messages,
-                accepted_at: now,
-            }),
+            _ => self.runs.push_back(Run { source, messages, accepted_at: now }),
         }
         messages
     }
@@ -171,10 +164,7 @@ impl Outbox {
                 break;
             };
             let taken = count.min(messages);
-            leaving.push(Leaving {
-                source,
-                messages: taken,
-            });
+            leaving.push(Leaving { source, messages: taken });
             messages -= taken;
         }
         self.lens.drain(..self.window_messages);
@@ -201,11 +191,7 @@ impl Outbox {
         self.unsent_bytes -= bytes;
         self.unsent_messages -= count;
         // The torn message stays at the front of its run.
-        let torn = if kept == 1 {
-            self.take_runs(1, &mut Vec::new())
-        } else {
-            None
-        };
+        let torn = if kept == 1 { self.take_runs(1, &mut Vec::new()) } else { None };
         self.take_runs(count, leaving);
         if let Some(run) = torn {
             self.runs.push_front(Run { messages: 1, ..run });
@@ -214,9 +200,7 @@ impl Outbox {
     }
 
     fn front_bytes(&self, messages: u64) -> usize {
-        self.unsent_lens()
-            .take(usize::try_from(messages).unwrap_or(usize::MAX))
-            .sum()
+        self.unsent_lens().take(usize::try_from(messages).unwrap_or(usize::MAX)).sum()
     }
 
     /// Moves the first `messages` from unsent into the window.
@@ -256,10 +240,7 @@ impl Outbox {
         while messages > 0 {
             let run = self.runs.front_mut()?;
             let taken = run.messages.min(messages);
-            leaving.push(Leaving {
-                source: run.source,
-                messages: taken,
-            });
+            leaving.push(Leaving { source: run.source, messages: taken });
             last = Some(*run);
             run.messages -= taken;
             messages -= taken;
@@ -301,10 +282,7 @@ mod tests {
     }
 
     fn flat(leaving: &[Leaving]) -> Vec<SourceId> {
-        leaving
-            .iter()
-            .flat_map(|left| vec![left.source; left.messages as usize])
-            .collect()
+        leaving.iter().flat_map(|left| vec![left.source; left.messages as usize]).collect()
     }
 
     proptest! {

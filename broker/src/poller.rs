@@ -38,14 +38,12 @@ impl Readiness {
 
     /// There may be room to write, or a connect was decided.
     pub fn is_writable(self) -> bool {
-        self.flags
-            .intersects(EventFlags::OUT | EventFlags::HUP | EventFlags::ERR)
+        self.flags.intersects(EventFlags::OUT | EventFlags::HUP | EventFlags::ERR)
     }
 
     /// The peer sends nothing more: to be read until the end shows.
     pub fn is_ending(self) -> bool {
-        self.flags
-            .intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
+        self.flags.intersects(EventFlags::RDHUP | EventFlags::HUP | EventFlags::ERR)
     }
 
     /// Both directions are closed.
@@ -68,9 +66,7 @@ pub struct Poller<T> {
 
 impl<T> std::fmt::Debug for Poller<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Poller")
-            .field("watched", &self.targets.len())
-            .finish_non_exhaustive()
+        f.debug_struct("Poller").field("watched", &self.targets.len()).finish_non_exhaustive()
     }
 }
 
@@ -79,20 +75,12 @@ impl<T: Copy> Poller<T> {
     pub fn new() -> Result<Self, Errno> {
         let epoll = create(CreateFlags::CLOEXEC)?;
         let events = Vec::with_capacity(EVENTS_MAX);
-        Ok(Poller {
-            epoll,
-            targets: SlotMap::with_key(),
-            events,
-        })
+        Ok(Poller { epoll, targets: SlotMap::with_key(), events })
     }
 
     /// Watches a descriptor for reading and writing, by edges.
     pub fn watch(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
-        self.add(
-            fd,
-            target,
-            EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET,
-        )
+        self.add(fd, target, EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET)
     }
 
     /// Watches a listener, by level: it stays readable while somebody waits.
@@ -114,11 +102,7 @@ impl<T: Copy> Poller<T> {
 
     /// Stops or resumes watching a listener.
     pub fn set_listening(&self, fd: impl AsFd, token: Token, is_listening: bool) {
-        let flags = if is_listening {
-            EventFlags::IN
-        } else {
-            EventFlags::empty()
-        };
+        let flags = if is_listening { EventFlags::IN } else { EventFlags::empty() };
         let data = EventData::new_u64(token.data().as_ffi());
         if let Err(error) = modify(&self.epoll, fd, data, flags) {
             tracing::error!(%error, "a listener could not be paused or resumed");

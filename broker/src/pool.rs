@@ -360,11 +360,7 @@ impl Pool {
 
     /// Replies discarded so far.
     pub fn replies_discarded(&self) -> u64 {
-        let now = self
-            .conns
-            .values()
-            .map(|conn| conn.replies_discarded)
-            .sum::<u64>();
+        let now = self.conns.values().map(|conn| conn.replies_discarded).sum::<u64>();
         self.replies_discarded_before + now
     }
 
@@ -385,10 +381,7 @@ impl Pool {
 
     /// Since when the first waiter waits.
     pub fn oldest_waiter(&self) -> Option<Time> {
-        self.waiters
-            .front()
-            .and_then(|request| self.in_flight.get(*request))
-            .map(|r| r.asked_at)
+        self.waiters.front().and_then(|request| self.in_flight.get(*request)).map(|r| r.asked_at)
     }
 
     /// The request on a connection.
@@ -398,9 +391,7 @@ impl Pool {
 
     /// Who holds a connection: the owner of its request.
     pub fn holder(&self, conn: ConnId) -> Option<Owner> {
-        self.in_flight
-            .get(self.in_flight.on(conn)?)
-            .map(|request| request.owner)
+        self.in_flight.get(self.in_flight.on(conn)?).map(|request| request.owner)
     }
 
     /// The queue of one-way messages.
@@ -504,8 +495,7 @@ impl Pool {
     /// Accepts and drops `messages` that found the queue full.
     pub fn drop_newest(&mut self, messages: u64) {
         self.ledger.accepted += messages;
-        self.ledger
-            .settle(Settled::Dropped(Reason::QueueFull), messages);
+        self.ledger.settle(Settled::Dropped(Reason::QueueFull), messages);
     }
 
     /// Drops the message that waited longest and is not partly written, if there is one: where
@@ -556,11 +546,7 @@ impl Pool {
 
     /// A connection is up.
     pub fn handle_connected(&mut self, now: Time, conn: ConnId) {
-        if self
-            .conns
-            .get(conn)
-            .is_none_or(|record| record.state != State::Connecting)
-        {
+        if self.conns.get(conn).is_none_or(|record| record.state != State::Connecting) {
             return;
         }
         self.balance.handle_connected();
@@ -662,16 +648,8 @@ impl Pool {
                 self.wait_again(conn);
             } else {
                 let failed = Reason::ConnectionLost;
-                let failed = if reason == Reason::ConnectRefused {
-                    reason
-                } else {
-                    failed
-                };
-                let failed = if reason == Reason::ReplyTooLong {
-                    reason
-                } else {
-                    failed
-                };
+                let failed = if reason == Reason::ConnectRefused { reason } else { failed };
+                let failed = if reason == Reason::ReplyTooLong { reason } else { failed };
                 self.fail(request, RequestEnd::Failed(failed));
             }
         }
@@ -698,8 +676,7 @@ impl Pool {
             }
         };
         if record.role == Role::OneWay && self.settings.protocol == Protocol::Tcp {
-            self.outbox
-                .handle_connection_end(unacknowledged, &mut self.leaving);
+            self.outbox.handle_connection_end(unacknowledged, &mut self.leaving);
             self.settle(Settled::InDoubt);
         }
         self.forget(conn, reason);
@@ -836,14 +813,9 @@ impl Pool {
         let Some(entry) = self.in_flight.get(request) else {
             return;
         };
-        let by_caller = entry
-            .caller_deadline
-            .is_some_and(|deadline| deadline <= now);
-        let end = if by_caller {
-            RequestEnd::TimedOut
-        } else {
-            RequestEnd::Refused(Reason::WaitTimeout)
-        };
+        let by_caller = entry.caller_deadline.is_some_and(|deadline| deadline <= now);
+        let end =
+            if by_caller { RequestEnd::TimedOut } else { RequestEnd::Refused(Reason::WaitTimeout) };
         self.waiters.retain(|waiting| *waiting != request);
         self.fail(request, end);
     }
@@ -880,12 +852,7 @@ impl Pool {
             Place::On { .. } => true,
         };
         self.counts.end(end);
-        self.actions.push_back(Action::Fail {
-            request,
-            owner: entry.owner,
-            end,
-            was_sent,
-        });
+        self.actions.push_back(Action::Fail { request, owner: entry.owner, end, was_sent });
     }
 
     fn fail_waiters(&mut self, now: Time) {
@@ -906,13 +873,7 @@ impl Pool {
             Protocol::Tcp => self.close(conn, reason),
             Protocol::Udp | Protocol::UdpWriteOnly => {
                 let until = now + self.settings.limits.late_reply_window;
-                self.move_to(
-                    conn,
-                    State::Draining {
-                        until,
-                        reason: Reason::LateReplyWindow,
-                    },
-                );
+                self.move_to(conn, State::Draining { until, reason: Reason::LateReplyWindow });
                 self.actions.push_back(Action::Retire { conn });
             }
         }
@@ -926,10 +887,8 @@ impl Pool {
     }
 
     fn use_one_way(&mut self, conn: ConnId) {
-        let is_idle = self
-            .conns
-            .get(conn)
-            .is_some_and(|record| matches!(record.state, State::Idle { .. }));
+        let is_idle =
+            self.conns.get(conn).is_some_and(|record| matches!(record.state, State::Idle { .. }));
         if is_idle && !self.outbox.is_empty() {
             self.move_to(conn, State::InUse);
         }
@@ -967,11 +926,7 @@ impl Pool {
         for left in self.leaving.drain(..) {
             self.ledger.settle(settled, left.messages);
             let Leaving { source, messages } = left;
-            self.actions.push_back(Action::Settle {
-                source,
-                settled,
-                messages,
-            });
+            self.actions.push_back(Action::Settle { source, settled, messages });
         }
     }
 
@@ -999,11 +954,8 @@ impl Pool {
     /// taken back from a connection, so that connection goes first.
     fn expire(&mut self, now: Time) {
         let timeout = self.settings.limits.queue_timeout;
-        let is_overdue = |outbox: &Outbox| {
-            outbox
-                .oldest()
-                .is_some_and(|oldest| oldest + timeout <= now)
-        };
+        let is_overdue =
+            |outbox: &Outbox| outbox.oldest().is_some_and(|oldest| oldest + timeout <= now);
         if is_overdue(&self.outbox) {
             if self.outbox.is_front_torn()
                 && let Some(conn) = self.one_way
@@ -1077,10 +1029,7 @@ impl Pool {
                 if for_waiters
                     && places.exchange == 0
                     && let Some(conn) = self.one_way
-                    && matches!(
-                        self.conns.get(conn).map(|c| c.state),
-                        Some(State::Idle { .. })
-                    )
+                    && matches!(self.conns.get(conn).map(|c| c.state), Some(State::Idle { .. }))
                 {
                     self.finish_one_way(now, conn, Reason::MakeRoom);
                 }
@@ -1100,10 +1049,7 @@ impl Pool {
         let remote = match self.balance.pick(now) {
             Pick::Address(remote) => remote,
             Pick::NotBefore(at) => {
-                if self
-                    .retry_scheduled_at
-                    .is_none_or(|scheduled| scheduled > at)
-                {
+                if self.retry_scheduled_at.is_none_or(|scheduled| scheduled > at) {
                     self.retry_scheduled_at = Some(at);
                     self.deadlines.insert(at, Timer::Retry);
                 }
@@ -1130,8 +1076,7 @@ impl Pool {
             self.one_way = Some(conn);
         }
         self.schedule_conn(conn);
-        self.actions
-            .push_back(Action::Connect { conn, role, remote });
+        self.actions.push_back(Action::Connect { conn, role, remote });
         true
     }
 
@@ -1269,11 +1214,7 @@ impl Pool {
                     }
                     return;
                 }
-                let reason = if expired {
-                    Reason::Lifetime
-                } else {
-                    Reason::IdleTimeout
-                };
+                let reason = if expired { Reason::Lifetime } else { Reason::IdleTimeout };
                 match record.role {
                     Role::Exchange => self.close(conn, reason),
                     Role::OneWay => self.finish_one_way(now, conn, reason),

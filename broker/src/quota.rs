@@ -73,22 +73,12 @@ pub struct Exceeded {
 impl Quotas {
     /// Empty accounts under these limits.
     pub fn new(limits: QuotaLimits) -> Self {
-        Quotas {
-            book: Rc::new(RefCell::new(Book {
-                limits,
-                accounts: HashMap::new(),
-            })),
-        }
+        Quotas { book: Rc::new(RefCell::new(Book { limits, accounts: HashMap::new() })) }
     }
 
     /// Charges `amount` of `resource` to `uid`.
     pub fn charge(&self, uid: u32, resource: Resource, amount: usize) -> Result<Charge, Exceeded> {
-        let mut charge = Charge {
-            quotas: self.clone(),
-            uid,
-            resource,
-            amount: 0,
-        };
+        let mut charge = Charge { quotas: self.clone(), uid, resource, amount: 0 };
         charge.resize(amount)?;
         Ok(charge)
     }
@@ -130,11 +120,7 @@ impl Charge {
             let more = amount - self.amount;
             let full = self.resource == Resource::Sessions
                 && book.sessions() + more > book.limits.sessions_max;
-            let held = book
-                .accounts
-                .entry(self.uid)
-                .or_default()
-                .held(self.resource);
+            let held = book.accounts.entry(self.uid).or_default().held(self.resource);
             if full || *held + more > limit {
                 return Err(Exceeded { limit });
             }
@@ -166,33 +152,19 @@ mod tests {
     use proptest::prelude::*;
 
     fn quotas() -> Quotas {
-        Quotas::new(QuotaLimits {
-            sessions_max: 10,
-            queued_bytes_max: 100,
-            descriptors_max: 4,
-        })
+        Quotas::new(QuotaLimits { sessions_max: 10, queued_bytes_max: 100, descriptors_max: 4 })
     }
 
     #[test]
     fn one_user_may_have_all_while_alone_and_a_share_beside_another() {
         let quotas = quotas();
-        let mut held: Vec<_> = (0..10)
-            .map(|_| quotas.charge(1, Resource::Sessions, 1).unwrap())
-            .collect();
-        assert_eq!(
-            quotas.charge(1, Resource::Sessions, 1).unwrap_err(),
-            Exceeded { limit: 10 }
-        );
-        assert!(
-            quotas.charge(2, Resource::Sessions, 1).is_err(),
-            "nothing is left"
-        );
+        let mut held: Vec<_> =
+            (0..10).map(|_| quotas.charge(1, Resource::Sessions, 1).unwrap()).collect();
+        assert_eq!(quotas.charge(1, Resource::Sessions, 1).unwrap_err(), Exceeded { limit: 10 });
+        assert!(quotas.charge(2, Resource::Sessions, 1).is_err(), "nothing is left");
         held.truncate(8);
         let _other = quotas.charge(2, Resource::Sessions, 1).unwrap();
-        assert_eq!(
-            quotas.charge(1, Resource::Sessions, 1).unwrap_err(),
-            Exceeded { limit: 5 }
-        );
+        assert_eq!(quotas.charge(1, Resource::Sessions, 1).unwrap_err(), Exceeded { limit: 5 });
     }
 
     #[test]

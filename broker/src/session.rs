@@ -141,13 +141,7 @@ impl Session {
     /// A client that has connected and not yet said hello.
     pub fn connected(now: Time, id: u64, peer: Peer, limits: SessionLimits) -> Self {
         let deadline = now + limits.handshake_timeout;
-        Session::new(
-            id,
-            peer,
-            Transport::Unix,
-            limits,
-            Phase::Handshake { deadline },
-        )
+        Session::new(id, peer, Transport::Unix, limits, Phase::Handshake { deadline })
     }
 
     /// A FIFO or an attached pipe: everything goes to `upstream`.
@@ -187,9 +181,7 @@ impl Session {
 
     /// The upstream that a handle names.
     pub fn upstream(&self, handle: u16) -> Option<usize> {
-        self.handles
-            .get(usize::from(handle))
-            .map(|handle| handle.upstream)
+        self.handles.get(usize::from(handle)).map(|handle| handle.upstream)
     }
 
     /// How many requests are in flight.
@@ -204,10 +196,7 @@ impl Session {
 
     /// One-way messages accepted from this session.
     pub fn accepted(&self) -> u64 {
-        self.handles
-            .iter()
-            .map(|handle| handle.ledger.accepted)
-            .sum()
+        self.handles.iter().map(|handle| handle.ledger.accepted).sum()
     }
 
     /// What never got in, by reason.
@@ -231,19 +220,13 @@ impl Session {
 
     /// The totals of every handle.
     pub fn all_outcomes(&self) -> Vec<(u16, Outcomes)> {
-        (0u16..)
-            .zip(&self.handles)
-            .map(|(at, handle)| (at, handle.ledger.outcomes()))
-            .collect()
+        (0u16..).zip(&self.handles).map(|(at, handle)| (at, handle.ledger.outcomes())).collect()
     }
 
     /// Whether every accepted message has its outcome and every request its end.
     pub fn is_settled(&self) -> bool {
         self.in_flight.is_empty()
-            && self
-                .handles
-                .iter()
-                .all(|handle| handle.ledger.settled() == handle.ledger.accepted)
+            && self.handles.iter().all(|handle| handle.ledger.settled() == handle.ledger.accepted)
     }
 
     /// The next thing to tell the client.
@@ -263,10 +246,7 @@ impl Session {
 
     /// Opens an upstream; the handle that frames name from now on.
     pub fn open(&mut self, upstream: usize) -> Result<u16, Reason> {
-        let known = self
-            .handles
-            .iter()
-            .position(|handle| handle.upstream == upstream);
+        let known = self.handles.iter().position(|handle| handle.upstream == upstream);
         let at = known.unwrap_or(self.handles.len());
         if at >= HANDLES_MAX {
             return Err(Reason::Quota);
@@ -298,10 +278,7 @@ impl Session {
         let at = usize::from(handle);
         let entry = self.handles.get_mut(at).ok_or(Reason::UnknownUpstream)?;
         let settled_at_least = entry.ledger.accepted;
-        entry.flushes.push_back(Flush {
-            correlation,
-            settled_at_least,
-        });
+        entry.flushes.push_back(Flush { correlation, settled_at_least });
         entry.complete_flushes(&mut self.actions);
         Ok(())
     }
@@ -337,10 +314,7 @@ impl Session {
 
     /// Some accepted messages to `upstream` have their outcome.
     pub fn handle_settled(&mut self, upstream: usize, settled: Settled, messages: u64) {
-        let handle = self
-            .handles
-            .iter_mut()
-            .find(|handle| handle.upstream == upstream);
+        let handle = self.handles.iter_mut().find(|handle| handle.upstream == upstream);
         if let Some(handle) = handle {
             handle.ledger.settle(settled, messages);
             handle.complete_flushes(&mut self.actions);
@@ -379,11 +353,7 @@ impl Session {
 
 impl Handle {
     fn new(upstream: usize) -> Self {
-        Handle {
-            upstream,
-            ledger: Ledger::default(),
-            flushes: VecDeque::new(),
-        }
+        Handle { upstream, ledger: Ledger::default(), flushes: VecDeque::new() }
     }
 
     fn complete_flushes(&mut self, actions: &mut VecDeque<Action>) {
@@ -391,10 +361,7 @@ impl Handle {
             && self.ledger.settled() >= flush.settled_at_least
         {
             let correlation = flush.correlation;
-            actions.push_back(Action::Flushed {
-                correlation,
-                outcomes: self.ledger.outcomes(),
-            });
+            actions.push_back(Action::Flushed { correlation, outcomes: self.ledger.outcomes() });
             self.flushes.pop_front();
         }
     }
@@ -423,26 +390,17 @@ mod tests {
     fn a_client_that_says_nothing_is_given_up() {
         let mut session = connected();
         assert_eq!(session.handle_timeout(at(4_999)), None);
-        assert_eq!(
-            session.handle_timeout(at(5_000)),
-            Some(Reason::HandshakeTimeout)
-        );
+        assert_eq!(session.handle_timeout(at(5_000)), Some(Reason::HandshakeTimeout));
     }
 
     #[test]
     fn only_a_hello_of_our_version_opens_and_only_once() {
         assert_eq!(connected().handle_hello(None), Err(Reason::BadFrame));
-        assert_eq!(
-            connected().handle_hello(Some(999)),
-            Err(Reason::VersionMismatch)
-        );
+        assert_eq!(connected().handle_hello(Some(999)), Err(Reason::VersionMismatch));
         let mut session = connected();
         assert_eq!(session.handle_hello(Some(frame::VERSION)), Ok(()));
         assert!(session.is_open());
-        assert_eq!(
-            session.handle_hello(Some(frame::VERSION)),
-            Err(Reason::BadFrame)
-        );
+        assert_eq!(session.handle_hello(Some(frame::VERSION)), Err(Reason::BadFrame));
         assert_eq!(session.next_deadline(), None);
     }
 
@@ -453,10 +411,7 @@ mod tests {
         session.handle_unfinished(at(10), Unfinished::Message);
         assert_eq!(session.next_deadline(), Some(at(5_010)));
         session.handle_unfinished(at(20), Unfinished::MessageWithDescriptor);
-        assert_eq!(
-            session.handle_timeout(at(1_020)),
-            Some(Reason::PartialTimeout)
-        );
+        assert_eq!(session.handle_timeout(at(1_020)), Some(Reason::PartialTimeout));
         session.handle_unfinished(at(30), Unfinished::Nothing);
         assert_eq!(session.handle_timeout(at(90_000)), None);
     }
@@ -474,11 +429,7 @@ mod tests {
         assert_eq!(session.poll_action(), None);
         session.handle_accepted(first, 5);
         session.handle_settled(10, Settled::Dropped(Reason::TooBig), 1);
-        let Some(Action::Flushed {
-            correlation,
-            outcomes,
-        }) = session.poll_action()
-        else {
+        let Some(Action::Flushed { correlation, outcomes }) = session.poll_action() else {
             panic!("the flush is due");
         };
         assert_eq!((correlation, outcomes.sent, outcomes.accepted), (77, 2, 8));

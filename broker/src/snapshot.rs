@@ -161,8 +161,5 @@ pub struct SessionSnapshot {
 
 /// The counts that are not zero.
 pub fn by_reason(tally: &Tally) -> ByReason {
-    tally
-        .iter()
-        .map(|(reason, count)| (reason.name(), count))
-        .collect()
+    tally.iter().map(|(reason, count)| (reason.name(), count)).collect()
 }

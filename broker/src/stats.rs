@@ -145,10 +145,7 @@ mod tests {
 
     #[test]
     fn a_ledger_says_what_is_still_queued() {
-        let mut ledger = Ledger {
-            accepted: 10,
-            ..Ledger::default()
-        };
+        let mut ledger = Ledger { accepted: 10, ..Ledger::default() };
         ledger.settle(Settled::Sent, 4);
         ledger.settle(Settled::InDoubt, 2);
         ledger.settle(Settled::Dropped(Reason::TooBig), 1);

@@ -41,9 +41,7 @@ pub struct Deadlines<K> {
 impl<K: Ord + Copy> Deadlines<K> {
     /// No deadlines.
     pub fn new() -> Self {
-        Deadlines {
-            set: BTreeSet::new(),
-        }
+        Deadlines { set: BTreeSet::new() }
     }
 
     /// Adds a deadline.

@@ -12,9 +12,7 @@ use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
-const SUB_COMMANDS: [&str; 7] = [
-    "serve", "send", "request", "pipe", "status", "check", "demo",
-];
+const SUB_COMMANDS: [&str; 7] = ["serve", "send", "request", "pipe", "status", "check", "demo"];
 
 fn poolbroker<A: AsRef<OsStr>>(arguments: &[A]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_poolbroker"));
@@ -31,10 +29,7 @@ fn refused<A: AsRef<OsStr>>(arguments: &[A], exit: i32, says: &[&str]) {
     for part in says {
         assert!(stderr.contains(part), "{part:?} is missing in: {stderr}");
     }
-    assert!(
-        output.stdout.is_empty(),
-        "errors go to standard error alone"
-    );
+    assert!(output.stdout.is_empty(), "errors go to standard error alone");
 }
 
 fn empty_dir() -> (TempDir, String) {
@@ -64,21 +59,13 @@ fn every_help_shows_examples_and_exit_codes() {
         helps.extend([(sub, "--help"), (sub, "-h")]);
     }
     for (sub, option) in helps {
-        let arguments = [sub, option]
-            .into_iter()
-            .filter(|argument| !argument.is_empty());
+        let arguments = [sub, option].into_iter().filter(|argument| !argument.is_empty());
         let output = poolbroker(&arguments.collect::<Vec<_>>());
         let help = String::from_utf8(output.stdout).unwrap();
         assert_eq!(output.status.code(), Some(0), "{sub} {option}");
         let (_, examples) = help.split_once("\nExamples:\n").unwrap();
-        assert!(
-            examples.contains(&format!("poolbroker {sub}")),
-            "{sub} {option}: {help}"
-        );
-        assert!(
-            examples.contains("\n  5  in doubt"),
-            "{sub} {option}: {help}"
-        );
+        assert!(examples.contains(&format!("poolbroker {sub}")), "{sub} {option}: {help}");
+        assert!(examples.contains("\n  5  in doubt"), "{sub} {option}: {help}");
     }
 }
 
@@ -93,10 +80,7 @@ fn the_help_of_serve_lists_every_section_of_limits_with_defaults() {
         "    drain_timeout = \"10s\"  (from 0s to 1h)",
         "  [dynamic]",
     ] {
-        assert!(
-            help.lines().any(|shown| shown == line),
-            "{line:?} is missing in: {help}"
-        );
+        assert!(help.lines().any(|shown| shown == line), "{line:?} is missing in: {help}");
     }
 }
 
@@ -108,10 +92,7 @@ fn a_reader_that_left_is_no_error() {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         let mut command = Command::new(env!("CARGO_BIN_EXE_poolbroker"));
-        command
-            .args(arguments)
-            .stdout(writer)
-            .stderr(Stdio::piped());
+        command.args(arguments).stdout(writer).stderr(Stdio::piped());
         let output = command.spawn().unwrap().wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(0), "{output:?}");
         assert!(output.stderr.is_empty(), "{output:?}");
@@ -127,42 +108,19 @@ fn wrong_usage_is_exit_2_and_teaches() {
     refused(&["send"], 2, &["<UPSTREAM>"]);
     refused(&["request", "cache"], 2, &["<MESSAGE>"]);
     refused(&["send", "Cache", "x"], 2, &["\"Cache\"", "lower-case"]);
-    refused(
-        &["send", "tcp://127.0.0.1:1", "x"],
-        2,
-        &["tcp://127.0.0.1:1", "lower-case"],
-    );
+    refused(&["send", "tcp://127.0.0.1:1", "x"], 2, &["tcp://127.0.0.1:1", "lower-case"]);
     refused(&["send", "admin", "x"], 2, &["the broker's own"]);
-    refused(
-        &["send", "a", "x", "--via", "ring"],
-        2,
-        &["unix, pipe, fifo"],
-    );
-    refused(
-        &["send", "a", "x", "--timeout", "5"],
-        2,
-        &["500ms, 30s or 10m"],
-    );
+    refused(&["send", "a", "x", "--via", "ring"], 2, &["unix, pipe, fifo"]);
+    refused(&["send", "a", "x", "--timeout", "5"], 2, &["500ms, 30s or 10m"]);
     refused(&["send", "a", "x", "--timeout", "0s"], 2, &["more than 0s"]);
-    refused(
-        &["request", "a", "x", "--timeout", "99999999999years"],
-        2,
-        &["--timeout"],
-    );
+    refused(&["request", "a", "x", "--timeout", "99999999999years"], 2, &["--timeout"]);
     refused(&["check"], 2, &["<FILE>"]);
     refused(&["status", "--runtime-dir"], 2, &["--runtime-dir"]);
-    refused(
-        &["serve", "--runtime-dir", dir, "--log", "loud"],
-        2,
-        &["error, warn, info"],
-    );
+    refused(&["serve", "--runtime-dir", dir, "--log", "loud"], 2, &["error, warn, info"]);
     refused(
         &["serve", "--runtime-dir", dir],
         2,
-        &[
-            "no upstream is configured",
-            "--upstream metrics=udp-write-only://",
-        ],
+        &["no upstream is configured", "--upstream metrics=udp-write-only://"],
     );
 }
 
@@ -172,43 +130,19 @@ fn a_wrong_upstream_on_the_command_line_says_what_would_be_right() {
     for (upstream, says) in [
         ("metrics", "is not NAME=URL; for example metrics="),
         ("Metrics=udp://127.0.0.1:1", "lower-case"),
-        (
-            "a=http://127.0.0.1:80",
-            "unknown scheme \"http\"; there are: tcp, udp, udp-write-only",
-        ),
-        (
-            "a=tcp://127.0.0.1",
-            "the port is missing; for example tcp://127.0.0.1:6379",
-        ),
-        (
-            "a=tcp://127.0.0.1:65536",
-            "\"65536\" is not a number from 1 to 65535",
-        ),
-        (
-            "a=tcp://127.0.0.1:0",
-            "\"0\" is not a number from 1 to 65535",
-        ),
-        (
-            "a=tcp://127.0.0.1:80?framing=line",
-            "there are: lines, crlf",
-        ),
+        ("a=http://127.0.0.1:80", "unknown scheme \"http\"; there are: tcp, udp, udp-write-only"),
+        ("a=tcp://127.0.0.1", "the port is missing; for example tcp://127.0.0.1:6379"),
+        ("a=tcp://127.0.0.1:65536", "\"65536\" is not a number from 1 to 65535"),
+        ("a=tcp://127.0.0.1:0", "\"0\" is not a number from 1 to 65535"),
+        ("a=tcp://127.0.0.1:80?framing=line", "there are: lines, crlf"),
         ("a=tcp://::1:80", "in brackets: [::1]"),
     ] {
         let arguments = ["serve", "--runtime-dir", &dir, "--upstream", upstream];
         refused(&arguments, 2, &["--upstream: ", says]);
     }
-    let twice = [
-        "--upstream",
-        "a=udp://127.0.0.1:1",
-        "--upstream",
-        "a=udp://127.0.0.1:2",
-    ];
+    let twice = ["--upstream", "a=udp://127.0.0.1:1", "--upstream", "a=udp://127.0.0.1:2"];
     let arguments = [["serve", "--runtime-dir", &dir].as_slice(), &twice].concat();
-    refused(
-        &arguments,
-        2,
-        &["--upstream: a: this upstream is configured already"],
-    );
+    refused(&arguments, 2, &["--upstream: a: this upstream is configured already"]);
 }
 
 #[test]
@@ -229,21 +163,9 @@ fn without_a_broker_the_socket_and_the_remedy_are_named() {
     }
     let admin = format!("{dir}/admin.sock");
     refused(&["--runtime-dir", &dir, "status"], 3, &[&admin, &remedy]);
-    refused(
-        &["status", "--json", "--runtime-dir", &dir],
-        3,
-        &[&admin, &remedy],
-    );
+    refused(&["status", "--json", "--runtime-dir", &dir], 3, &[&admin, &remedy]);
     let fifo = format!("{dir}/metrics.fifo");
-    let arguments = [
-        "send",
-        "metrics",
-        "x",
-        "--via",
-        "fifo",
-        "--runtime-dir",
-        &dir,
-    ];
+    let arguments = ["send", "metrics", "x", "--via", "fifo", "--runtime-dir", &dir];
     refused(&arguments, 3, &[&fifo, "no broker serves this directory"]);
 }
 
@@ -253,32 +175,18 @@ fn a_socket_that_a_dead_broker_left_is_no_broker() {
     for name in ["broker.sock", "admin.sock"] {
         drop(std::os::unix::net::UnixListener::bind(home.path().join(name)).unwrap());
     }
-    refused(
-        &["status", "--runtime-dir", &dir],
-        3,
-        &["no broker listens on"],
-    );
-    refused(
-        &["send", "a", "x", "--runtime-dir", &dir],
-        3,
-        &["no broker listens on"],
-    );
+    refused(&["status", "--runtime-dir", &dir], 3, &["no broker listens on"]);
+    refused(&["send", "a", "x", "--runtime-dir", &dir], 3, &["no broker listens on"]);
 }
 
 #[test]
 fn a_path_that_no_socket_can_have_is_refused_before_anything_else() {
     let long = format!("/tmp/{}", "x".repeat(120));
-    for arguments in [
-        vec!["status"],
-        vec!["send", "a", "x"],
-        vec!["serve", "--upstream", "a=udp://127.0.0.1:1"],
-    ] {
+    for arguments in
+        [vec!["status"], vec!["send", "a", "x"], vec!["serve", "--upstream", "a=udp://127.0.0.1:1"]]
+    {
         let arguments = [arguments.as_slice(), &["--runtime-dir", &long]].concat();
-        refused(
-            &arguments,
-            2,
-            &["at most 107", "choose a shorter runtime directory"],
-        );
+        refused(&arguments, 2, &["at most 107", "choose a shorter runtime directory"]);
     }
 }
 
@@ -295,15 +203,7 @@ fn without_any_runtime_directory_the_option_is_named() {
 fn a_fifo_path_with_something_else_is_never_written() {
     let (home, dir) = empty_dir();
     let fifo = home.path().join("metrics.fifo");
-    let arguments = [
-        "send",
-        "metrics",
-        "x",
-        "--via",
-        "fifo",
-        "--runtime-dir",
-        &dir,
-    ];
+    let arguments = ["send", "metrics", "x", "--via", "fifo", "--runtime-dir", &dir];
     std::fs::write(&fifo, "kept").unwrap();
     refused(&arguments, 1, &["is not a FIFO, so nothing was written"]);
     assert_eq!(std::fs::read_to_string(&fifo).unwrap(), "kept");
@@ -320,11 +220,7 @@ fn a_fifo_takes_each_line_in_one_piece_and_refuses_longer_ones() {
     let fifo = home.path().join("metrics.fifo");
     drop(fifo_with_reader(&fifo));
     let send = ["send", "metrics", "--via", "fifo", "--runtime-dir", &dir];
-    refused(
-        &[send.as_slice(), &["x"]].concat(),
-        3,
-        &["no broker reads", "poolbroker serve"],
-    );
+    refused(&[send.as_slice(), &["x"]].concat(), 3, &["no broker reads", "poolbroker serve"]);
 
     std::fs::remove_file(&fifo).unwrap();
     let mut reader = fifo_with_reader(&fifo);
@@ -353,10 +249,7 @@ fn a_configuration_is_checked_and_its_limits_are_printed() {
     let output = poolbroker(&["check".as_ref(), path.as_os_str()]);
     let shown = String::from_utf8(output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(0), "{shown}");
-    assert!(
-        shown.starts_with("[upstream.cache] tcp://127.0.0.1:6379"),
-        "{shown}"
-    );
+    assert!(shown.starts_with("[upstream.cache] tcp://127.0.0.1:6379"), "{shown}");
     assert!(shown.contains("connections_max"), "{shown}");
     assert!(!shown.contains('\x1b'), "no colour into a pipe");
 }
@@ -365,56 +258,20 @@ fn a_configuration_is_checked_and_its_limits_are_printed() {
 fn a_bad_configuration_names_file_line_and_key() {
     let with_url = |line: &str| format!("[upstream.a]\nurl = \"tcp://127.0.0.1:1\"\n{line}\n");
     for (text, says) in [
-        (
-            with_url("conections_max = 1"),
-            ":3: upstream.a: unknown key \"conections_max\"",
-        ),
-        (
-            with_url("connections_max = \"1\""),
-            ":3: upstream.a.connections_max: must be a whole",
-        ),
-        (
-            with_url("connections_max = -1"),
-            ":3: upstream.a.connections_max: must be a whole",
-        ),
-        (
-            with_url("connections_max = 99999999999999999999"),
-            ":3: upstream.a.connections_max: ",
-        ),
-        (
-            with_url("connections_max = 0"),
-            ":3: upstream.a.connections_max: 0 is out of range",
-        ),
-        (
-            with_url("connections_min = 9"),
-            ":3: upstream.a.connections_min: 9 is more than",
-        ),
-        (
-            with_url("idle_timeout = \"soon\""),
-            ":3: upstream.a.idle_timeout: must be a duration",
-        ),
-        (
-            with_url("fifo = { framing = \"raw\" }"),
-            ":3: upstream.a.fifo.framing: raw marks no end",
-        ),
+        (with_url("conections_max = 1"), ":3: upstream.a: unknown key \"conections_max\""),
+        (with_url("connections_max = \"1\""), ":3: upstream.a.connections_max: must be a whole"),
+        (with_url("connections_max = -1"), ":3: upstream.a.connections_max: must be a whole"),
+        (with_url("connections_max = 99999999999999999999"), ":3: upstream.a.connections_max: "),
+        (with_url("connections_max = 0"), ":3: upstream.a.connections_max: 0 is out of range"),
+        (with_url("connections_min = 9"), ":3: upstream.a.connections_min: 9 is more than"),
+        (with_url("idle_timeout = \"soon\""), ":3: upstream.a.idle_timeout: must be a duration"),
+        (with_url("fifo = { framing = \"raw\" }"), ":3: upstream.a.fifo.framing: raw marks no end"),
         (with_url("[upstream.a]"), ":3: not TOML: duplicate key"),
         ("[upstream.a]\n".into(), ":1: upstream.a.url: is missing"),
-        (
-            "\n[upstream.a]\nurl = \"ftp://x:1\"".into(),
-            ":3: upstream.a.url: \"ftp://x:1\"",
-        ),
-        (
-            "[upstream.a]\nurl = \"tcp://x:70000\"".into(),
-            ":2: upstream.a.url: ",
-        ),
-        (
-            "[upstream.broker]\nurl = \"tcp://x:1\"".into(),
-            ":1: upstream.broker: ",
-        ),
-        (
-            "[limit]\n".into(),
-            ":1: unknown key \"limit\"; did you mean \"limits\"?",
-        ),
+        ("\n[upstream.a]\nurl = \"ftp://x:1\"".into(), ":3: upstream.a.url: \"ftp://x:1\""),
+        ("[upstream.a]\nurl = \"tcp://x:70000\"".into(), ":2: upstream.a.url: "),
+        ("[upstream.broker]\nurl = \"tcp://x:1\"".into(), ":1: upstream.broker: "),
+        ("[limit]\n".into(), ":1: unknown key \"limit\"; did you mean \"limits\"?"),
         ("url = ".into(), ":1: not TOML: "),
     ] {
         let (_home, path) = file(&text);
@@ -422,30 +279,18 @@ fn a_bad_configuration_names_file_line_and_key() {
         refused(&["check".as_ref(), path.as_os_str()], 2, &[&says]);
         let (_dir_home, dir) = empty_dir();
         let serve = ["serve", "--runtime-dir", &dir, "--config"].map(OsStr::new);
-        refused(
-            &[serve.as_slice(), &[path.as_os_str()]].concat(),
-            2,
-            &[&says],
-        );
+        refused(&[serve.as_slice(), &[path.as_os_str()]].concat(), 2, &[&says]);
     }
 }
 
 #[test]
 fn a_configuration_that_cannot_be_read_is_named() {
-    refused(
-        &["check", "/nonexistent/pb.toml"],
-        2,
-        &["/nonexistent/pb.toml: cannot be read"],
-    );
+    refused(&["check", "/nonexistent/pb.toml"], 2, &["/nonexistent/pb.toml: cannot be read"]);
     let (_home, dir) = empty_dir();
     refused(&["check", &dir], 2, &[&dir, "cannot be read"]);
     let (_home, path) = file("");
     std::fs::write(&path, b"\n\xff").unwrap();
-    refused(
-        &["check".as_ref(), path.as_os_str()],
-        2,
-        &[":2: is not UTF-8"],
-    );
+    refused(&["check".as_ref(), path.as_os_str()], 2, &[":2: is not UTF-8"]);
 }
 
 #[test]
@@ -453,9 +298,5 @@ fn a_message_of_any_bytes_is_an_argument() {
     let (_home, dir) = empty_dir();
     let message = OsStr::from_bytes(b"\xff\xfe");
     let arguments = ["send", "a", "--runtime-dir", &dir].map(OsStr::new);
-    refused(
-        &[arguments.as_slice(), &[message]].concat(),
-        3,
-        &["no broker listens on"],
-    );
+    refused(&[arguments.as_slice(), &[message]].concat(), 3, &["no broker listens on"]);
 }

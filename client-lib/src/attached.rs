@@ -33,11 +33,7 @@ pub struct Detached {
 
 impl Attached {
     pub(crate) fn new(client: Client, session: u64, end: Arc<OnceLock<Detached>>) -> Self {
-        Attached {
-            client,
-            session,
-            end,
-        }
+        Attached { client, session, end }
     }
 
     /// The id of the session that reads the descriptor, as `poolbroker status` shows it.
@@ -58,10 +54,7 @@ impl Attached {
     pub fn wait(&self, deadline: impl Into<Deadline>) -> Result<Detached, Error> {
         match self.end.get() {
             Some(end) => Ok(end.clone()),
-            None => self
-                .client
-                .lock()
-                .wait_detached(self.session, &self.end, deadline.into()),
+            None => self.client.lock().wait_detached(self.session, &self.end, deadline.into()),
         }
     }
 }
@@ -123,10 +116,7 @@ mod tests {
         drop(writer);
         for _ in 0..2 {
             let end = attached.wait(LONG).unwrap();
-            assert_eq!(
-                (end.reason, end.outcomes),
-                (Reason::EndOfInput, sent_all(1))
-            );
+            assert_eq!((end.reason, end.outcomes), (Reason::EndOfInput, sent_all(1)));
         }
         broker.join();
     }

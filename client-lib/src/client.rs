@@ -158,23 +158,14 @@ impl Client {
     pub(crate) fn lock(&self) -> MutexGuard<'_, Session> {
         // No code of a caller runs under the lock, and no step of a session can panic half-way
         // but by a defect: better a session that may be wrong than a second panic.
-        self.inner
-            .session
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.inner.session.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn connect_to(runtime_dir: &RuntimeDir) -> Result<Client, Error> {
         let deadline = Deadline::after(CONNECT_TIMEOUT);
         let socket = Arc::new(dial(runtime_dir.client_socket(), deadline)?);
         let (session, id) = Session::start(Arc::clone(&socket), deadline)?;
-        Ok(Client {
-            inner: Arc::new(Inner {
-                socket,
-                id,
-                session: Mutex::new(session),
-            }),
-        })
+        Ok(Client { inner: Arc::new(Inner { socket, id, session: Mutex::new(session) }) })
     }
 }
 
@@ -188,9 +179,7 @@ impl AsFd for Client {
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client")
-            .field("session", &self.inner.id)
-            .finish_non_exhaustive()
+        f.debug_struct("Client").field("session", &self.inner.id).finish_non_exhaustive()
     }
 }
 
@@ -214,12 +203,7 @@ fn dial(path: PathBuf, deadline: Deadline) -> Result<UnixStream, Error> {
 }
 
 fn try_dial(path: &Path, deadline: Deadline) -> Result<UnixStream, Errno> {
-    let socket = socket_with(
-        AddressFamily::UNIX,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        None,
-    )?;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     // connect(2) waits while the listener's backlog is full, which no poll can watch; SO_SNDTIMEO
     // bounds that wait (socket(7)) and then fails with EAGAIN. Later writes do not block at all.
     // Zero would mean no bound.
@@ -302,10 +286,7 @@ mod tests {
             session.fail(0, Reason::VersionMismatch, Retry::NotSent);
         });
         let refused = Client::connect_in(broker.runtime_dir()).unwrap_err();
-        assert!(
-            matches!(refused, Error::VersionMismatch { .. }),
-            "{refused}"
-        );
+        assert!(matches!(refused, Error::VersionMismatch { .. }), "{refused}");
         assert_eq!(refused.reason(), Some(Reason::VersionMismatch));
     }
 
@@ -376,9 +357,8 @@ mod tests {
             assert_eq!(session.frame(), None);
         });
         let bodies = [b"one", b"two", b"six"];
-        let mut submitted: HashMap<_, _> = bodies
-            .map(|body| (echo.submit(body, LONG).unwrap(), body.to_vec()))
-            .into();
+        let mut submitted: HashMap<_, _> =
+            bodies.map(|body| (echo.submit(body, LONG).unwrap(), body.to_vec())).into();
         for _ in bodies {
             let reply = client.next_reply(LONG).unwrap();
             assert_eq!(Some(reply.result.unwrap()), submitted.remove(&reply.id));
@@ -482,14 +462,9 @@ mod tests {
         let client = broker.connect();
         let echo = client.upstream("echo").unwrap();
         echo.submit(b"x", LONG).unwrap();
-        for refused in [
-            echo.submit(b"y", LONG).unwrap_err(),
-            echo.request(b"y", LONG).unwrap_err(),
-        ] {
-            assert!(
-                matches!(refused, Error::TooManyInFlight { max: 1 }),
-                "{refused}"
-            );
+        for refused in [echo.submit(b"y", LONG).unwrap_err(), echo.request(b"y", LONG).unwrap_err()]
+        {
+            assert!(matches!(refused, Error::TooManyInFlight { max: 1 }), "{refused}");
         }
         assert_eq!(client.next_reply(LONG).unwrap().result.unwrap(), b"x");
         assert_eq!(echo.request(b"y", LONG).unwrap(), b"y");
@@ -504,10 +479,7 @@ mod tests {
         let submitted = echo.submit(b"x", Deadline::Never).unwrap();
         let died = echo.request(b"y", Deadline::Never).unwrap_err();
         assert_eq!(died.retry(), Retry::MaybeExecuted);
-        assert!(
-            matches!(died, Error::Disconnected { reason: None, .. }),
-            "{died}"
-        );
+        assert!(matches!(died, Error::Disconnected { reason: None, .. }), "{died}");
         broker.join();
 
         let reply = client.next_reply(Deadline::Never).unwrap();
@@ -565,10 +537,7 @@ mod tests {
         });
         echo.submit(b"x", LONG).unwrap();
         broker.join();
-        let mut fds = [rustix::event::PollFd::new(
-            &client,
-            rustix::event::PollFlags::IN,
-        )];
+        let mut fds = [rustix::event::PollFd::new(&client, rustix::event::PollFlags::IN)];
         assert_eq!(rustix::event::poll(&mut fds, None).unwrap(), 1);
         let reply = client.try_next_reply().unwrap().unwrap();
         assert_eq!(reply.result.unwrap(), b"x");

@@ -64,9 +64,9 @@ impl Deadline {
     /// The deadline `grace` later.
     pub(crate) fn later(self, grace: Duration) -> Self {
         match self {
-            Deadline::At(instant) => instant
-                .checked_add(grace)
-                .map_or(Deadline::Never, Deadline::At),
+            Deadline::At(instant) => {
+                instant.checked_add(grace).map_or(Deadline::Never, Deadline::At)
+            }
             Deadline::Never => Deadline::Never,
         }
     }
@@ -128,10 +128,9 @@ mod tests {
     #[test]
     fn the_earlier_of_two_deadlines_wins() {
         let (early, late) = (Instant::now(), Instant::now() + Duration::from_secs(1));
-        for (a, b) in [
-            (Deadline::At(early), Deadline::At(late)),
-            (Deadline::At(early), Deadline::Never),
-        ] {
+        for (a, b) in
+            [(Deadline::At(early), Deadline::At(late)), (Deadline::At(early), Deadline::Never)]
+        {
             assert_eq!(a.earlier(b), Deadline::At(early));
             assert_eq!(b.earlier(a), Deadline::At(early));
         }

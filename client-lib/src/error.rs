@@ -193,11 +193,7 @@ impl Error {
 }
 
 fn said(failure: &Failure) -> &str {
-    if failure.text.is_empty() {
-        failure.reason.text()
-    } else {
-        &failure.text
-    }
+    if failure.text.is_empty() { failure.reason.text() } else { &failure.text }
 }
 
 fn retry_text(retry: Retry) -> &'static str {
@@ -232,11 +228,7 @@ mod tests {
             },
         };
         assert!(failed("").to_string().contains(Reason::UpstreamDown.text()));
-        assert!(
-            failed("no route to 10.0.0.1")
-                .to_string()
-                .contains("no route to 10.0.0.1")
-        );
+        assert!(failed("no route to 10.0.0.1").to_string().contains("no route to 10.0.0.1"));
         assert_eq!(failed("").reason(), Some(Reason::UpstreamDown));
         assert_eq!(failed("").retry(), Retry::NotSent);
     }

@@ -52,11 +52,7 @@ impl FakeBroker {
         let listener = UnixListener::bind(runtime_dir.client_socket()).unwrap();
         let script = thread::spawn(move || {
             let (socket, _) = listener.accept().unwrap();
-            script(Script {
-                socket,
-                incoming: Vec::new(),
-                descriptors: Vec::new(),
-            });
+            script(Script { socket, incoming: Vec::new(), descriptors: Vec::new() });
         });
         FakeBroker { dir, script }
     }
@@ -94,10 +90,7 @@ impl Script {
     pub fn welcome(&mut self, requests_in_flight_max: u32) {
         let (_, body) = self.expect(Kind::Hello);
         assert_eq!(hello_version(&body), Some(VERSION));
-        let welcome = BrokerMessage::Welcome {
-            session: SESSION,
-            requests_in_flight_max,
-        };
+        let welcome = BrokerMessage::Welcome { session: SESSION, requests_in_flight_max };
         self.tell(0, &welcome);
     }
 
@@ -178,11 +171,7 @@ impl Script {
     }
 
     pub fn fail(&mut self, id: u64, reason: Reason, retry: Retry) {
-        let failure = Failure {
-            reason,
-            retry,
-            text: "as the script says".into(),
-        };
+        let failure = Failure { reason, retry, text: "as the script says".into() };
         self.write(&frame(Kind::Failure, id, &encode(&failure).unwrap()));
     }
 
@@ -219,9 +208,5 @@ fn frame(kind: Kind, id: u64, body: &[u8]) -> Vec<u8> {
 
 /// The totals of `count` messages that were all sent.
 pub(crate) fn sent_all(count: u64) -> Outcomes {
-    Outcomes {
-        accepted: count,
-        sent: count,
-        ..Outcomes::default()
-    }
+    Outcomes { accepted: count, sent: count, ..Outcomes::default() }
 }

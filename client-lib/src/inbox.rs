@@ -43,19 +43,13 @@ pub(crate) enum Answer {
 #[derive(Debug, Clone)]
 pub(crate) enum Ended {
     /// The broker said goodbye and how many messages it took, by handle.
-    Goodbye {
-        reason: Reason,
-        totals: Vec<(u16, Outcomes)>,
-    },
+    Goodbye { reason: Reason, totals: Vec<(u16, Outcomes)> },
     /// The broker threw the session out.
     Refused(Failure),
     /// The socket was closed without a word.
     Closed,
     /// The stream cannot be used further.
-    Broken {
-        reason: Option<Reason>,
-        text: String,
-    },
+    Broken { reason: Option<Reason>, text: String },
 }
 
 /// What is awaited and what has arrived.
@@ -201,21 +195,16 @@ impl Inbox {
 
     fn take_message(&mut self, id: CorrelationId, message: BrokerMessage) {
         match message {
-            BrokerMessage::Detached {
-                session,
-                reason,
-                outcomes,
-            } => {
+            BrokerMessage::Detached { session, reason, outcomes } => {
                 let slot = self.attached.remove(&session);
                 if let Some(slot) = slot.and_then(|slot| slot.upgrade()) {
                     // A slot leaves the table when it is filled, so it is still empty here.
                     let _ = slot.set(Detached { reason, outcomes });
                 }
             }
-            BrokerMessage::Goodbye { reason, upstreams } => self.end(Ended::Goodbye {
-                reason,
-                totals: upstreams,
-            }),
+            BrokerMessage::Goodbye { reason, upstreams } => {
+                self.end(Ended::Goodbye { reason, totals: upstreams })
+            }
             answer @ (BrokerMessage::Welcome { .. }
             | BrokerMessage::Opened { .. }
             | BrokerMessage::Flushed(_)
@@ -234,10 +223,9 @@ impl Inbox {
         } else if let Some(request) = self.submitted.remove(&id) {
             let result = match answer {
                 Answer::Reply(body) => Ok(body),
-                Answer::Failed(failure) => Err(Error::Failed {
-                    upstream: request.upstream.to_string(),
-                    failure,
-                }),
+                Answer::Failed(failure) => {
+                    Err(Error::Failed { upstream: request.upstream.to_string(), failure })
+                }
                 Answer::Message(message) => {
                     let ended = Ended::not_understood(&format_args!("{message:?} for a request"));
                     let call = format!("request to {:?}", request.upstream);
@@ -251,16 +239,14 @@ impl Inbox {
     }
 
     fn give_up(&mut self, is_given_up: impl Fn(&Submitted) -> bool, error: impl Fn(&str) -> Error) {
-        let mut given_up: Vec<_> = self
-            .submitted
-            .extract_if(|_, request| is_given_up(request))
-            .collect();
+        let mut given_up: Vec<_> =
+            self.submitted.extract_if(|_, request| is_given_up(request)).collect();
         given_up.sort_by_key(|(id, _)| *id);
-        self.replies
-            .extend(given_up.into_iter().map(|(id, request)| Reply {
-                id,
-                result: Err(error(&request.upstream)),
-            }));
+        self.replies.extend(
+            given_up
+                .into_iter()
+                .map(|(id, request)| Reply { id, result: Err(error(&request.upstream)) }),
+        );
     }
 }
 
@@ -275,10 +261,7 @@ impl Ended {
 
     /// The socket cannot be read or written.
     pub fn unusable(error: &std::io::Error) -> Self {
-        Ended::Broken {
-            reason: None,
-            text: format!("its socket cannot be used: {error}"),
-        }
+        Ended::Broken { reason: None, text: format!("its socket cannot be used: {error}") }
     }
 
     /// What a `call` reports that met this end.
@@ -289,21 +272,15 @@ impl Ended {
             Ended::Closed => (None, "it was closed without a word, as by a crash"),
             Ended::Broken { reason, text } => (*reason, text.as_str()),
         };
-        Error::Disconnected {
-            call,
-            reason,
-            said: said.to_owned(),
-            retry,
-        }
+        Error::Disconnected { call, reason, said: said.to_owned(), retry }
     }
 
     /// What the broker's goodbye says of the messages to one handle; `None` if it does not.
     pub fn totals(&self, handle: u16) -> Option<&Outcomes> {
         match self {
-            Ended::Goodbye { totals, .. } => totals
-                .iter()
-                .find(|(named, _)| *named == handle)
-                .map(|(_, outcomes)| outcomes),
+            Ended::Goodbye { totals, .. } => {
+                totals.iter().find(|(named, _)| *named == handle).map(|(_, outcomes)| outcomes)
+            }
             Ended::Refused(_) | Ended::Closed | Ended::Broken { .. } => None,
         }
     }
@@ -329,9 +306,7 @@ mod tests {
     }
 
     fn ids_of_replies(inbox: &mut Inbox) -> Vec<u64> {
-        std::iter::from_fn(|| inbox.take_reply())
-            .map(|reply| reply.id.0)
-            .collect()
+        std::iter::from_fn(|| inbox.take_reply()).map(|reply| reply.id.0).collect()
     }
 
     #[test]
@@ -392,11 +367,9 @@ mod tests {
 
     #[test]
     fn bytes_that_are_no_message_end_the_session_as_bad_frames() {
-        for (kind, body) in [
-            (Kind::Control, b"\xff".as_slice()),
-            (Kind::Failure, b""),
-            (Kind::Send, b"x"),
-        ] {
+        for (kind, body) in
+            [(Kind::Control, b"\xff".as_slice()), (Kind::Failure, b""), (Kind::Send, b"x")]
+        {
             let mut inbox = Inbox::default();
             take(&mut inbox, kind, 1, body);
             let error = inbox.ended().unwrap().error("call".into(), Retry::NotSent);

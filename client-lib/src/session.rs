@@ -108,21 +108,14 @@ impl Session {
         let body = hello();
         let header = encode_header(FrameHeader::new(Kind::Hello), &body);
         let ends = [HEADER_BYTES + body.len()];
-        let frame = Frames {
-            parts: [&header, &body],
-            ends: &ends,
-        };
-        let answer = session
-            .exchange(HELLO, frame, None, deadline, deadline)
-            .map_err(|(stop, _)| {
+        let frame = Frames { parts: [&header, &body], ends: &ends };
+        let answer =
+            session.exchange(HELLO, frame, None, deadline, deadline).map_err(|(stop, _)| {
                 let why = "the broker did not answer; is it stopped?";
                 session.stopped(stop, CALL.to_owned(), why, Retry::NotSent)
             })?;
         match answer {
-            Answer::Message(BrokerMessage::Welcome {
-                session: id,
-                requests_in_flight_max,
-            }) => {
+            Answer::Message(BrokerMessage::Welcome { session: id, requests_in_flight_max }) => {
                 session.requests_in_flight_max =
                     usize::try_from(requests_in_flight_max).unwrap_or(usize::MAX);
                 Ok((session, id))
@@ -130,10 +123,7 @@ impl Session {
             Answer::Failed(failure) if failure.reason == Reason::VersionMismatch => {
                 Err(Error::VersionMismatch { said: failure.text })
             }
-            Answer::Failed(failure) => Err(Error::Refused {
-                call: CALL.to_owned(),
-                failure,
-            }),
+            Answer::Failed(failure) => Err(Error::Refused { call: CALL.to_owned(), failure }),
             Answer::Message(_) | Answer::Reply(_) => Err(session.misunderstood(CALL.to_owned())),
         }
     }
@@ -149,11 +139,8 @@ impl Session {
         }
         let call = || format!("opening {name:?}");
         let deadline = Deadline::after(self.send_timeout);
-        let BrokerMessage::Opened {
-            handle,
-            protocol,
-            message_bytes_max,
-        } = self.ask(call, 0, message, None, deadline)?
+        let BrokerMessage::Opened { handle, protocol, message_bytes_max } =
+            self.ask(call, 0, message, None, deadline)?
         else {
             return Err(self.misunderstood(call()));
         };
@@ -161,13 +148,8 @@ impl Session {
         let message_bytes_max = u32::try_from(message_bytes_max).unwrap_or(u32::MAX) as usize;
         self.stream.raise_message_bytes_max(message_bytes_max);
         let place = self.opened.len();
-        let description = Arc::new(Description {
-            name: name.into(),
-            handle,
-            protocol,
-            message_bytes_max,
-            place,
-        });
+        let description =
+            Arc::new(Description { name: name.into(), handle, protocol, message_bytes_max, place });
         self.opened.push(Opened {
             description: Arc::clone(&description),
             handed_over: 0,
@@ -238,17 +220,13 @@ impl Session {
         deadline: Deadline,
     ) -> Result<Vec<u8>, Error> {
         let (id, header) = self.begin_request(to, body, deadline)?;
-        let frame = Frames {
-            parts: [&header, body],
-            ends: &[HEADER_BYTES + body.len()],
-        };
+        let frame = Frames { parts: [&header, body], ends: &[HEADER_BYTES + body.len()] };
         let answered_by = deadline.later(VERDICT_GRACE);
         match self.exchange(id, frame, None, deadline, answered_by) {
             Ok(Answer::Reply(body)) => Ok(body),
-            Ok(Answer::Failed(failure)) => Err(Error::Failed {
-                upstream: to.name.to_string(),
-                failure,
-            }),
+            Ok(Answer::Failed(failure)) => {
+                Err(Error::Failed { upstream: to.name.to_string(), failure })
+            }
             Ok(Answer::Message(_)) => Err(self.misunderstood(request_to(to))),
             Err((stop, retry)) => Err(self.stopped(stop, request_to(to), NO_VERDICT, retry)),
         }
@@ -262,10 +240,7 @@ impl Session {
         deadline: Deadline,
     ) -> Result<CorrelationId, Error> {
         let (id, header) = self.begin_request(to, body, deadline)?;
-        let frame = Frames {
-            parts: [&header, body],
-            ends: &[HEADER_BYTES + body.len()],
-        };
+        let frame = Frames { parts: [&header, body], ends: &[HEADER_BYTES + body.len()] };
         let expires = deadline.later(VERDICT_GRACE);
         self.inbox.await_reply(id, Arc::clone(&to.name), expires);
         if let Err(unwritten) = self.write(frame, None, deadline) {
@@ -325,12 +300,11 @@ impl Session {
         end: &OnceLock<Detached>,
         deadline: Deadline,
     ) -> Result<Detached, Error> {
-        self.wait_until(|_| end.get().cloned(), deadline)
-            .map_err(|stop| {
-                let call = format!("waiting for the end of session {session}");
-                let why = "its writers have not closed it, or its messages are not all out";
-                self.stopped(stop, call, why, Retry::MaybeExecuted)
-            })
+        self.wait_until(|_| end.get().cloned(), deadline).map_err(|stop| {
+            let call = format!("waiting for the end of session {session}");
+            let why = "its writers have not closed it, or its messages are not all out";
+            self.stopped(stop, call, why, Retry::MaybeExecuted)
+        })
     }
 
     fn goodbye_totals(&self, to: &Description) -> Option<&Outcomes> {
@@ -384,26 +358,16 @@ impl Session {
         deadline: Deadline,
     ) -> Result<BrokerMessage, Error> {
         let id = self.next_id();
-        let header = FrameHeader {
-            kind: Kind::Control,
-            upstream,
-            correlation: id.0,
-            timeout_ms: 0,
-        };
+        let header =
+            FrameHeader { kind: Kind::Control, upstream, correlation: id.0, timeout_ms: 0 };
         let body =
             encode(message).expect("names and URLs are checked, so they fit a control frame");
         // In one piece, because a descriptor goes with one buffer.
         let bytes = [&encode_header(header, &body), body.as_slice()].concat();
-        let frame = Frames {
-            parts: [&bytes, &[]],
-            ends: &[bytes.len()],
-        };
+        let frame = Frames { parts: [&bytes, &[]], ends: &[bytes.len()] };
         match self.exchange(id, frame, descriptor, deadline, deadline) {
             Ok(Answer::Message(message)) => Ok(message),
-            Ok(Answer::Failed(failure)) => Err(Error::Refused {
-                call: call(),
-                failure,
-            }),
+            Ok(Answer::Failed(failure)) => Err(Error::Refused { call: call(), failure }),
             Ok(Answer::Reply(_)) => Err(self.misunderstood(call())),
             Err((stop, retry)) => {
                 let why = "the broker did not answer; is it stopped, or the upstream down?";
@@ -603,23 +567,14 @@ impl Session {
     fn stopped(&self, stop: Stop, call: String, why: &'static str, retry: Retry) -> Error {
         match stop {
             Stop::TimedOut => Error::TimedOut { call, why, retry },
-            Stop::Ended => self
-                .inbox
-                .ended()
-                .unwrap_or(&Ended::Closed)
-                .error(call, retry),
-            Stop::Io(source) => Error::Io {
-                call,
-                source,
-                retry,
-            },
+            Stop::Ended => self.inbox.ended().unwrap_or(&Ended::Closed).error(call, retry),
+            Stop::Io(source) => Error::Io { call, source, retry },
         }
     }
 
     /// Ends the session after an answer that does not belong to its question.
     fn misunderstood(&mut self, call: String) -> Error {
-        self.inbox
-            .end(Ended::not_understood(&"an answer to another question"));
+        self.inbox.end(Ended::not_understood(&"an answer to another question"));
         self.stopped(Stop::Ended, call, "", Retry::MaybeExecuted)
     }
 }
@@ -641,11 +596,7 @@ impl<'a> Frames<'a> {
 impl Unwritten {
     /// Whether a single frame may be written again.
     fn retry(&self) -> Retry {
-        if self.torn {
-            Retry::MaybeExecuted
-        } else {
-            Retry::NotSent
-        }
+        if self.torn { Retry::MaybeExecuted } else { Retry::NotSent }
     }
 }
 
@@ -701,10 +652,7 @@ mod tests {
 
     #[test]
     fn frames_are_continued_at_any_byte() {
-        let frames = Frames {
-            parts: [b"abc", b"de"],
-            ends: &[5],
-        };
+        let frames = Frames { parts: [b"abc", b"de"], ends: &[5] };
         for written in 0..=5 {
             let rest = frames.after(written).concat();
             assert_eq!(rest, b"abcde"[written..]);

@@ -132,11 +132,7 @@ impl FrameStream {
         let missing = self.deframer().bytes_missing(&self.incoming);
         self.incoming.reserve(missing.unwrap_or(0).max(1));
         let received = rustix::io::retry_on_intr(|| {
-            recv(
-                &*self.socket,
-                spare_capacity(&mut self.incoming),
-                RecvFlags::DONTWAIT,
-            )
+            recv(&*self.socket, spare_capacity(&mut self.incoming), RecvFlags::DONTWAIT)
         });
         match received {
             Ok((_, 0)) => Ok(Read::End),
@@ -191,19 +187,14 @@ impl FrameStream {
 
 /// Whether an error of a write means that the broker does not read any more.
 pub(crate) fn is_gone(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
-    )
+    matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset)
 }
 
 fn send(socket: &UnixStream, parts: [&[u8]; 2]) -> io::Result<usize> {
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     let slices = parts.map(IoSlice::new);
     let mut no_descriptors = SendAncillaryBuffer::default();
-    Ok(rustix::io::retry_on_intr(|| {
-        sendmsg(socket, &slices, &mut no_descriptors, flags)
-    })?)
+    Ok(rustix::io::retry_on_intr(|| sendmsg(socket, &slices, &mut no_descriptors, flags))?)
 }
 
 /// What poll(2) takes; `None` is for ever.
@@ -226,9 +217,7 @@ mod tests {
 
     fn frame(body: &[u8]) -> Vec<u8> {
         let mut bytes = Vec::new();
-        FrameHeader::new(Kind::Reply)
-            .append(body, &mut bytes)
-            .unwrap();
+        FrameHeader::new(Kind::Reply).append(body, &mut bytes).unwrap();
         bytes
     }
 

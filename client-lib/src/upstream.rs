@@ -34,10 +34,7 @@ pub struct Upstream {
 
 impl Upstream {
     pub(crate) fn new(client: Client, description: Arc<Description>) -> Self {
-        Upstream {
-            client,
-            description,
-        }
+        Upstream { client, description }
     }
 
     /// The name, or the URL it was opened by.
@@ -90,10 +87,7 @@ impl Upstream {
     pub fn send(&self, message: &[u8]) -> Result<(), Error> {
         self.check(message)?;
         let header = self.send_header(message);
-        let frames = Frames {
-            parts: [&header, message],
-            ends: &[HEADER_BYTES + message.len()],
-        };
+        let frames = Frames { parts: [&header, message], ends: &[HEADER_BYTES + message.len()] };
         self.client.lock().send(&self.description, frames)
     }
 
@@ -203,9 +197,7 @@ impl Upstream {
     /// been executed.
     pub fn request(&self, body: &[u8], deadline: impl Into<Deadline>) -> Result<Vec<u8>, Error> {
         self.check_request(body)?;
-        self.client
-            .lock()
-            .request(&self.description, body, deadline.into())
+        self.client.lock().request(&self.description, body, deadline.into())
     }
 
     /// Sends a request without waiting: [`Client::next_reply`] gives its reply, by `deadline` and
@@ -219,9 +211,7 @@ impl Upstream {
         deadline: impl Into<Deadline>,
     ) -> Result<CorrelationId, Error> {
         self.check_request(body)?;
-        self.client
-            .lock()
-            .submit(&self.description, body, deadline.into())
+        self.client.lock().submit(&self.description, body, deadline.into())
     }
 
     /// Makes a pipe that the broker reads: each line written to it is one one-way message, without
@@ -281,9 +271,7 @@ impl Upstream {
         descriptor: BorrowedFd<'_>,
     ) -> Result<Attached, Error> {
         let (session, end) =
-            self.client
-                .lock()
-                .attach(&self.description, attachment, descriptor)?;
+            self.client.lock().attach(&self.description, attachment, descriptor)?;
         Ok(Attached::new(self.client.clone(), session, end))
     }
 
@@ -291,10 +279,7 @@ impl Upstream {
         if batch.ends.is_empty() {
             return Ok(());
         }
-        let frames = Frames {
-            parts: [&batch.bytes, &[]],
-            ends: &batch.ends,
-        };
+        let frames = Frames { parts: [&batch.bytes, &[]], ends: &batch.ends };
         self.client.lock().send(&self.description, frames)?;
         batch.bytes.clear();
         batch.ends.clear();
@@ -315,23 +300,17 @@ impl Upstream {
     fn check_replies(&self) -> Result<(), Error> {
         match self.protocol() {
             Protocol::Tcp | Protocol::Udp => Ok(()),
-            Protocol::UdpWriteOnly => Err(Error::WriteOnly {
-                upstream: self.name().to_owned(),
-            }),
+            Protocol::UdpWriteOnly => Err(Error::WriteOnly { upstream: self.name().to_owned() }),
         }
     }
 
     fn check(&self, message: &[u8]) -> Result<(), Error> {
         let max = self.description.message_bytes_max;
         match message.len() {
-            0 => Err(Error::Empty {
-                upstream: self.name().to_owned(),
-            }),
-            bytes if bytes > max => Err(Error::TooLong {
-                upstream: self.name().to_owned(),
-                bytes,
-                max,
-            }),
+            0 => Err(Error::Empty { upstream: self.name().to_owned() }),
+            bytes if bytes > max => {
+                Err(Error::TooLong { upstream: self.name().to_owned(), bytes, max })
+            }
             _ => Ok(()),
         }
     }
@@ -457,27 +436,13 @@ mod tests {
         assert_eq!(echo.flush(LONG).unwrap(), totals(2, 1, 1));
         echo.send(b"d").unwrap();
         echo.send(b"e").unwrap();
-        let news = Outcomes {
-            accepted: 2,
-            sent: 2,
-            in_doubt: 1,
-            ..Outcomes::default()
-        };
+        let news = Outcomes { accepted: 2, sent: 2, in_doubt: 1, ..Outcomes::default() };
         assert_eq!(echo.flush(LONG).unwrap(), news);
     }
 
     #[test]
     fn batches_keep_the_order_and_the_bounds_of_messages_of_all_sizes() {
-        let sizes = [
-            1,
-            100,
-            BATCH_BYTES - HEADER_BYTES,
-            3,
-            BATCH_BYTES,
-            40_000,
-            40_000,
-            5,
-        ];
+        let sizes = [1, 100, BATCH_BYTES - HEADER_BYTES, 3, BATCH_BYTES, 40_000, 40_000, 5];
         let messages = |sizes: [usize; 8]| sizes.map(|size| vec![size as u8; size]);
         let (broker, client, echo) = FakeBroker::serving_echo(move |mut session| {
             for message in messages(sizes) {
@@ -568,10 +533,8 @@ mod tests {
         });
         client.set_send_timeout(Duration::ZERO);
         while echo.send(&[0; 1000]).is_ok() {}
-        for unsent in [
-            echo.submit(b"x", LONG).unwrap_err(),
-            echo.request(b"x", LONG).unwrap_err(),
-        ] {
+        for unsent in [echo.submit(b"x", LONG).unwrap_err(), echo.request(b"x", LONG).unwrap_err()]
+        {
             assert!(matches!(unsent, Error::TimedOut { .. }), "{unsent}");
             assert_eq!(unsent.retry(), Retry::NotSent);
         }
@@ -655,10 +618,7 @@ mod tests {
         client.set_send_timeout(LONG);
         let messages = std::iter::repeat([0; 1000]);
         let ended = echo.send_all(messages).unwrap_err();
-        assert!(
-            matches!(ended, Error::Disconnected { reason: None, .. }),
-            "{ended}"
-        );
+        assert!(matches!(ended, Error::Disconnected { reason: None, .. }), "{ended}");
         assert_eq!(echo.not_taken(), None);
     }
 }

@@ -75,26 +75,20 @@ impl FromStr for UpstreamUrl {
     type Err = UrlError;
 
     fn from_str(url: &str) -> Result<Self, UrlError> {
-        parse(url).map_err(|problem| UrlError {
-            url: url.to_owned(),
-            problem,
-        })
+        parse(url).map_err(|problem| UrlError { url: url.to_owned(), problem })
     }
 }
 
 fn parse(url: &str) -> Result<UpstreamUrl, String> {
     const EXAMPLE: &str = "for example tcp://127.0.0.1:6379?framing=crlf";
-    let (scheme, rest) = url
-        .split_once("://")
-        .ok_or_else(|| format!("it has no scheme; {EXAMPLE}"))?;
+    let (scheme, rest) =
+        url.split_once("://").ok_or_else(|| format!("it has no scheme; {EXAMPLE}"))?;
     let protocol = match scheme {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
         "udp-write-only" => Protocol::UdpWriteOnly,
         _ => {
-            return Err(format!(
-                "unknown scheme {scheme:?}; there are: tcp, udp, udp-write-only"
-            ));
+            return Err(format!("unknown scheme {scheme:?}; there are: tcp, udp, udp-write-only"));
         }
     };
     let (authority, query) = match rest.split_once('?') {
@@ -115,19 +109,12 @@ fn parse(url: &str) -> Result<UpstreamUrl, String> {
         .filter(|port| *port != 0)
         .ok_or_else(|| format!("port {port:?} is not a number from 1 to 65535"))?;
     let framing = parse_query(query.unwrap_or(""), protocol)?;
-    Ok(UpstreamUrl {
-        protocol,
-        host: parse_host(host)?,
-        port,
-        framing,
-    })
+    Ok(UpstreamUrl { protocol, host: parse_host(host)?, port, framing })
 }
 
 fn parse_host(host: &str) -> Result<Host, String> {
     if let Some(inside) = host.strip_prefix('[') {
-        let address = inside
-            .strip_suffix(']')
-            .and_then(|text| text.parse::<Ipv6Addr>().ok());
+        let address = inside.strip_suffix(']').and_then(|text| text.parse::<Ipv6Addr>().ok());
         return address
             .map(|address| Host::Ip(IpAddr::V6(address)))
             .ok_or_else(|| format!("{host:?} is not an IPv6 address in brackets"));
@@ -140,15 +127,11 @@ fn parse_host(host: &str) -> Result<Host, String> {
     }
     let is_label = |label: &str| {
         (1..=63).contains(&label.len())
-            && label
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_".contains(&byte))
     };
     let name = host.strip_suffix('.').unwrap_or(host);
     // A name of digits and dots that is no address is a mistyped address.
-    let mistyped = name
-        .bytes()
-        .all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let mistyped = name.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
     if name.len() > 253 || mistyped || !name.split('.').all(is_label) {
         return Err(format!("{host:?} is neither an address nor a host name"));
     }
@@ -166,9 +149,7 @@ fn parse_query(query: &str, protocol: Protocol) -> Result<Framing, String> {
                 size = Some(number.map_err(|_| format!("size {value:?} is not a number"))?);
             }
             _ => {
-                return Err(format!(
-                    "unknown parameter {key:?}; there are: framing, size"
-                ));
+                return Err(format!("unknown parameter {key:?}; there are: framing, size"));
             }
         }
     }
@@ -214,15 +195,10 @@ pub fn check_upstream_name(name: &str) -> Result<(), String> {
         ));
     }
     if bytes.len() > 32 {
-        return Err(format!(
-            "upstream name {name:?} has {} bytes, at most 32 go",
-            bytes.len()
-        ));
+        return Err(format!("upstream name {name:?} has {} bytes, at most 32 go", bytes.len()));
     }
     if name == "broker" || name == "admin" {
-        return Err(format!(
-            "upstream name {name:?} is the broker's own: choose another"
-        ));
+        return Err(format!("upstream name {name:?} is the broker's own: choose another"));
     }
     Ok(())
 }
@@ -249,10 +225,7 @@ mod tests {
     fn wrong_urls_say_what_is_wrong() {
         for (url, says) in [
             ("127.0.0.1:80", "no scheme"),
-            (
-                "http://x:80",
-                "unknown scheme \"http\"; there are: tcp, udp, udp-write-only",
-            ),
+            ("http://x:80", "unknown scheme \"http\"; there are: tcp, udp, udp-write-only"),
             ("tcp://127.0.0.1", "port is missing"),
             ("tcp://[::1]", "port is missing"),
             ("tcp://x:0", "1 to 65535"),
@@ -276,16 +249,7 @@ mod tests {
         for name in ["metrics", "a", "0-x_y", &"x".repeat(32)] {
             assert_eq!(check_upstream_name(name), Ok(()));
         }
-        for name in [
-            "",
-            "Metrics",
-            "-a",
-            "a/b",
-            "..",
-            "broker",
-            "admin",
-            &"x".repeat(33),
-        ] {
+        for name in ["", "Metrics", "-a", "a/b", "..", "broker", "admin", &"x".repeat(33)] {
             assert!(check_upstream_name(name).is_err(), "{name}");
         }
     }

@@ -44,11 +44,7 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
         }
     }
     let truncated = read.flags.contains(ReturnFlags::CTRUNC);
-    Ok(Received {
-        bytes: read.bytes,
-        descriptors,
-        truncated,
-    })
+    Ok(Received { bytes: read.bytes, descriptors, truncated })
 }
 
 /// Sends `bytes` with one descriptor attached to the first of them, without blocking; returns how
@@ -64,12 +60,7 @@ pub fn send(socket: impl AsFd, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::
         return Err(io::Error::other("no room for one descriptor"));
     }
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-    Ok(sendmsg(
-        socket,
-        &[IoSlice::new(bytes)],
-        &mut control,
-        flags,
-    )?)
+    Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut control, flags)?)
 }
 
 #[cfg(test)]

@@ -84,12 +84,7 @@ impl FrameHeader {
     /// A header that names only its kind.
     #[must_use]
     pub fn new(kind: Kind) -> Self {
-        FrameHeader {
-            kind,
-            upstream: 0,
-            correlation: 0,
-            timeout_ms: 0,
-        }
+        FrameHeader { kind, upstream: 0, correlation: 0, timeout_ms: 0 }
     }
 
     /// Writes the header for a body of `body_bytes`.
@@ -178,11 +173,7 @@ impl Deframer {
         let Some(body) = bytes.get(HEADER_BYTES..frame_bytes) else {
             return Ok(None);
         };
-        Ok(Some(Frame {
-            header,
-            body,
-            frame_bytes,
-        }))
+        Ok(Some(Frame { header, body, frame_bytes }))
     }
 
     /// How many bytes the incomplete frame at the start of `bytes` still lacks: what to read next.
@@ -201,24 +192,7 @@ impl Deframer {
             return Ok(None);
         };
         let [l0, l1, l2, l3, kind, reserved, u0, u1, rest @ ..] = *wire;
-        let [
-            c0,
-            c1,
-            c2,
-            c3,
-            c4,
-            c5,
-            c6,
-            c7,
-            t0,
-            t1,
-            t2,
-            t3,
-            r0,
-            r1,
-            r2,
-            r3,
-        ] = rest;
+        let [c0, c1, c2, c3, c4, c5, c6, c7, t0, t1, t2, t3, r0, r1, r2, r3] = rest;
         let length = u32::from_le_bytes([l0, l1, l2, l3]);
         let kind = Kind::from_wire(kind).ok_or(FrameError::UnknownKind(kind))?;
         if reserved != 0 || [r0, r1, r2, r3] != [0; 4] {
@@ -227,10 +201,7 @@ impl Deframer {
         let max = kind.body_bytes_max(self.message_bytes_max);
         let body_bytes = usize::try_from(length).unwrap_or(usize::MAX);
         if body_bytes > max {
-            return Err(FrameError::TooLong {
-                bytes: u64::from(length),
-                max,
-            });
+            return Err(FrameError::TooLong { bytes: u64::from(length), max });
         }
         let header = FrameHeader {
             kind,
@@ -272,15 +243,7 @@ mod tests {
         let body = proptest::collection::vec(any::<u8>(), 0..MAX);
         (kind, any::<u16>(), any::<u64>(), any::<u32>(), body).prop_map(
             |(kind, upstream, correlation, timeout_ms, body)| {
-                (
-                    FrameHeader {
-                        kind,
-                        upstream,
-                        correlation,
-                        timeout_ms,
-                    },
-                    body,
-                )
+                (FrameHeader { kind, upstream, correlation, timeout_ms }, body)
             },
         )
     }
@@ -334,11 +297,7 @@ mod tests {
             let mut wire = FrameHeader::new(Kind::Send).encode(0).unwrap();
             wire[0..4].copy_from_slice(&length.to_le_bytes());
             for split in 0..HEADER_BYTES {
-                assert_eq!(
-                    Deframer::new(MAX).next_frame(&wire[..split]),
-                    Ok(None),
-                    "{split}"
-                );
+                assert_eq!(Deframer::new(MAX).next_frame(&wire[..split]), Ok(None), "{split}");
             }
             let judged = Deframer::new(MAX).bytes_missing(&wire);
             assert_eq!(judged.is_ok(), accepted, "length {length}: {judged:?}");

@@ -89,16 +89,12 @@ impl Framing {
             },
             "raw" => Framing::Raw,
             _ => {
-                return Err(format!(
-                    "unknown framing {name:?}; there are: {FRAMING_NAMES}"
-                ));
+                return Err(format!("unknown framing {name:?}; there are: {FRAMING_NAMES}"));
             }
         };
         match size {
             None => Ok(framing),
-            Some(_) => Err(format!(
-                "size belongs to framing=fixed, not to framing={name}"
-            )),
+            Some(_) => Err(format!("size belongs to framing=fixed, not to framing={name}")),
         }
     }
 
@@ -118,17 +114,10 @@ impl Framing {
             }
             Framing::Crlf => {
                 out.extend_from_slice(body);
-                refuse_if(
-                    memchr::memchr2(b'\r', b'\n', &out[start..]).is_some(),
-                    start,
-                    out,
-                )?;
+                refuse_if(memchr::memchr2(b'\r', b'\n', &out[start..]).is_some(), start, out)?;
                 out.extend_from_slice(b"\r\n");
             }
-            Framing::Length {
-                width: LengthWidth::Two,
-                order,
-            } => {
+            Framing::Length { width: LengthWidth::Two, order } => {
                 let length = u16::try_from(body.len()).map_err(|_| Reason::TooLong)?;
                 out.extend_from_slice(&match order {
                     ByteOrder::Big => length.to_be_bytes(),
@@ -136,10 +125,7 @@ impl Framing {
                 });
                 out.extend_from_slice(body);
             }
-            Framing::Length {
-                width: LengthWidth::Four,
-                order,
-            } => {
+            Framing::Length { width: LengthWidth::Four, order } => {
                 let length = u32::try_from(body.len()).map_err(|_| Reason::TooLong)?;
                 out.extend_from_slice(&match order {
                     ByteOrder::Big => length.to_be_bytes(),
@@ -183,22 +169,10 @@ impl fmt::Display for Framing {
         f.write_str(match self {
             Framing::Lines => "lines",
             Framing::Crlf => "crlf",
-            Framing::Length {
-                width: LengthWidth::Two,
-                order: ByteOrder::Big,
-            } => "u16be",
-            Framing::Length {
-                width: LengthWidth::Two,
-                order: ByteOrder::Little,
-            } => "u16le",
-            Framing::Length {
-                width: LengthWidth::Four,
-                order: ByteOrder::Big,
-            } => "u32be",
-            Framing::Length {
-                width: LengthWidth::Four,
-                order: ByteOrder::Little,
-            } => "u32le",
+            Framing::Length { width: LengthWidth::Two, order: ByteOrder::Big } => "u16be",
+            Framing::Length { width: LengthWidth::Two, order: ByteOrder::Little } => "u16le",
+            Framing::Length { width: LengthWidth::Four, order: ByteOrder::Big } => "u32be",
+            Framing::Length { width: LengthWidth::Four, order: ByteOrder::Little } => "u32le",
             Framing::Fixed { size } => return write!(f, "fixed&size={size}"),
             Framing::Raw => "raw",
         })
@@ -263,12 +237,7 @@ impl Cutter {
     /// A cutter for bodies of up to `message_bytes_max` bytes.
     #[must_use]
     pub fn new(framing: Framing, message_bytes_max: usize) -> Self {
-        Cutter {
-            framing,
-            message_bytes_max,
-            searched: 0,
-            skip: None,
-        }
+        Cutter { framing, message_bytes_max, searched: 0, skip: None }
     }
 
     /// What stands at the start of `bytes`, which begins where the last cut ended.
@@ -286,19 +255,13 @@ impl Cutter {
                 } else if bytes.len() < size {
                     Cut::Incomplete
                 } else {
-                    Cut::Message {
-                        body: 0..size,
-                        consumed: size,
-                    }
+                    Cut::Message { body: 0..size, consumed: size }
                 }
             }
             Framing::Raw if bytes.is_empty() => Cut::Incomplete,
             Framing::Raw => {
                 let taken = bytes.len().min(self.message_bytes_max);
-                Cut::Message {
-                    body: 0..taken,
-                    consumed: taken,
-                }
+                Cut::Message { body: 0..taken, consumed: taken }
             }
         }
     }
@@ -333,24 +296,15 @@ impl Cutter {
                 self.searched = 0;
                 let consumed = end + self.framing.overhead_bytes();
                 if end > self.message_bytes_max {
-                    return Cut::Refused {
-                        reason: Reason::TooLong,
-                        consumed,
-                    };
+                    return Cut::Refused { reason: Reason::TooLong, consumed };
                 }
-                Cut::Message {
-                    body: 0..end,
-                    consumed,
-                }
+                Cut::Message { body: 0..end, consumed }
             }
             None if bytes.len() > self.message_bytes_max + self.framing.overhead_bytes() - 1 => {
                 self.skip = Some(Skip::UntilDelimiter);
                 let consumed = self.without_split_delimiter(bytes);
                 self.searched = 0;
-                Cut::Refused {
-                    reason: Reason::TooLong,
-                    consumed,
-                }
+                Cut::Refused { reason: Reason::TooLong, consumed }
             }
             None => {
                 self.searched = self.without_split_delimiter(bytes);
@@ -361,12 +315,12 @@ impl Cutter {
 
     fn next_counted(&mut self, bytes: &[u8], width: LengthWidth, order: ByteOrder) -> Cut {
         let field = match (width, order) {
-            (LengthWidth::Two, ByteOrder::Big) => bytes
-                .first_chunk()
-                .map(|wire| u32::from(u16::from_be_bytes(*wire))),
-            (LengthWidth::Two, ByteOrder::Little) => bytes
-                .first_chunk()
-                .map(|wire| u32::from(u16::from_le_bytes(*wire))),
+            (LengthWidth::Two, ByteOrder::Big) => {
+                bytes.first_chunk().map(|wire| u32::from(u16::from_be_bytes(*wire)))
+            }
+            (LengthWidth::Two, ByteOrder::Little) => {
+                bytes.first_chunk().map(|wire| u32::from(u16::from_le_bytes(*wire)))
+            }
             (LengthWidth::Four, ByteOrder::Big) => {
                 bytes.first_chunk().map(|wire| u32::from_be_bytes(*wire))
             }
@@ -384,10 +338,7 @@ impl Cutter {
         } else if bytes.len() < whole {
             Cut::Incomplete
         } else {
-            Cut::Message {
-                body: width.bytes()..whole,
-                consumed: whole,
-            }
+            Cut::Message { body: width.bytes()..whole, consumed: whole }
         }
     }
 
@@ -396,10 +347,7 @@ impl Cutter {
         if whole > consumed {
             self.skip = Some(Skip::Bytes(whole - consumed));
         }
-        Cut::Refused {
-            reason: Reason::TooLong,
-            consumed,
-        }
+        Cut::Refused { reason: Reason::TooLong, consumed }
     }
 
     fn continue_skip(&mut self, skip: Skip, bytes: &[u8]) -> Cut {
@@ -417,11 +365,7 @@ impl Cutter {
                 consumed
             }
         };
-        if consumed == 0 {
-            Cut::Incomplete
-        } else {
-            Cut::Skipped { consumed }
-        }
+        if consumed == 0 { Cut::Incomplete } else { Cut::Skipped { consumed } }
     }
 
     fn delimiter_in(&self, bytes: &[u8], from: usize) -> Option<usize> {
@@ -486,10 +430,7 @@ mod tests {
                     Cut::Incomplete => break,
                 }
             }
-            assert!(
-                buffer.len() <= MAX + 5,
-                "an endless message must not fill the buffer"
-            );
+            assert!(buffer.len() <= MAX + 5, "an endless message must not fill the buffer");
         }
         let tail = cutter.finish(&buffer);
         (messages, refused, tail)
@@ -566,23 +507,11 @@ mod tests {
         ] {
             let mut cutter = Cutter::new(Framing::parse(name, None).unwrap(), MAX);
             let first = cutter.next_cut(&field);
-            assert_eq!(
-                first,
-                Cut::Refused {
-                    reason: Reason::TooLong,
-                    consumed: 4
-                }
-            );
+            assert_eq!(first, Cut::Refused { reason: Reason::TooLong, consumed: 4 });
             assert!(cutter.is_skipping());
         }
         let mut cutter = Cutter::new(Framing::parse("u32be", None).unwrap(), MAX);
-        assert_eq!(
-            cutter.next_cut(&[0; 4]),
-            Cut::Message {
-                body: 4..4,
-                consumed: 4
-            }
-        );
+        assert_eq!(cutter.next_cut(&[0; 4]), Cut::Message { body: 4..4, consumed: 4 });
     }
 
     #[test]
@@ -595,10 +524,7 @@ mod tests {
             }
         }
         let mut out = Vec::new();
-        assert_eq!(
-            Framing::Crlf.encode(b"a\rb", &mut out),
-            Err(Reason::Delimiter)
-        );
+        assert_eq!(Framing::Crlf.encode(b"a\rb", &mut out), Err(Reason::Delimiter));
     }
 
     #[test]
@@ -619,16 +545,8 @@ mod tests {
             };
             assert_eq!(Framing::parse(name, size), Ok(framing));
         }
-        assert!(
-            Framing::parse("line", None)
-                .unwrap_err()
-                .contains("lines, crlf")
-        );
-        assert!(
-            Framing::parse("fixed", None)
-                .unwrap_err()
-                .contains("size=N")
-        );
+        assert!(Framing::parse("line", None).unwrap_err().contains("lines, crlf"));
+        assert!(Framing::parse("fixed", None).unwrap_err().contains("size=N"));
         assert!(Framing::parse("lines", Some(3)).is_err());
     }
 }

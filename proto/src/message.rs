@@ -125,8 +125,7 @@ impl Outcomes {
     /// Accepted messages without an outcome yet.
     #[must_use]
     pub fn queued(&self) -> u64 {
-        self.accepted
-            .saturating_sub(self.sent + self.dropped_total() + self.expired)
+        self.accepted.saturating_sub(self.sent + self.dropped_total() + self.expired)
     }
 }
 
@@ -175,10 +174,7 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, MessageError> {
     let body = bincode::serde::encode_to_vec(message, WIRE)
         .map_err(|error| MessageError::Malformed(error.to_string()))?;
     if body.len() > CONTROL_BYTES_MAX {
-        return Err(MessageError::Malformed(format!(
-            "{} bytes are too long",
-            body.len()
-        )));
+        return Err(MessageError::Malformed(format!("{} bytes are too long", body.len())));
     }
     Ok(body)
 }
@@ -212,25 +208,15 @@ mod tests {
             refused: vec![(Reason::TooLong, 4)],
         };
         assert_eq!(outcomes.queued(), 1);
-        let message = BrokerMessage::Detached {
-            session: 9,
-            reason: Reason::EndOfInput,
-            outcomes,
-        };
-        assert_eq!(
-            decode::<BrokerMessage>(&encode(&message).unwrap()),
-            Ok(message)
-        );
+        let message = BrokerMessage::Detached { session: 9, reason: Reason::EndOfInput, outcomes };
+        assert_eq!(decode::<BrokerMessage>(&encode(&message).unwrap()), Ok(message));
     }
 
     #[test]
     fn trailing_bytes_are_refused() {
         let mut body = encode(&ClientMessage::Flush).unwrap();
         body.push(0);
-        assert_eq!(
-            decode::<ClientMessage>(&body),
-            Err(MessageError::Trailing(1))
-        );
+        assert_eq!(decode::<ClientMessage>(&body), Err(MessageError::Trailing(1)));
     }
 
     #[test]

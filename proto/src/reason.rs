@@ -120,10 +120,7 @@ mod tests {
     fn names_are_unique_and_indices_match_the_table() {
         for (index, reason) in Reason::ALL.iter().enumerate() {
             assert_eq!(reason.index(), index);
-            let same = Reason::ALL
-                .iter()
-                .filter(|other| other.name() == reason.name())
-                .count();
+            let same = Reason::ALL.iter().filter(|other| other.name() == reason.name()).count();
             assert_eq!(same, 1, "{}", reason.name());
         }
     }

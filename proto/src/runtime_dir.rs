@@ -46,10 +46,7 @@ impl RuntimeDir {
         let longest = dir.client_socket();
         let bytes = longest.as_os_str().len();
         if bytes > SOCKET_PATH_BYTES_MAX {
-            return Err(RuntimeDirError::TooLong {
-                path: longest,
-                bytes,
-            });
+            return Err(RuntimeDirError::TooLong { path: longest, bytes });
         }
         Ok(dir)
     }
@@ -93,15 +90,9 @@ mod tests {
     fn a_directory_too_long_for_a_socket_is_refused() {
         let long = PathBuf::from(format!("/{}", "x".repeat(SOCKET_PATH_BYTES_MAX)));
         let refused = RuntimeDir::resolve(Some(&long));
-        assert!(
-            matches!(refused, Err(RuntimeDirError::TooLong { .. })),
-            "{refused:?}"
-        );
+        assert!(matches!(refused, Err(RuntimeDirError::TooLong { .. })), "{refused:?}");
         let longest = "/broker.sock".len();
-        let fits = PathBuf::from(format!(
-            "/{}",
-            "x".repeat(SOCKET_PATH_BYTES_MAX - longest - 1)
-        ));
+        let fits = PathBuf::from(format!("/{}", "x".repeat(SOCKET_PATH_BYTES_MAX - longest - 1)));
         assert!(RuntimeDir::resolve(Some(&fits)).is_ok());
     }
 }

@@ -53,8 +53,6 @@ fn build() -> PathBuf {
 }
 
 fn is_release() -> bool {
-    env::current_exe().is_ok_and(|path| {
-        path.components()
-            .any(|component| component.as_os_str() == "release")
-    })
+    env::current_exe()
+        .is_ok_and(|path| path.components().any(|component| component.as_os_str() == "release"))
 }

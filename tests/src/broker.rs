@@ -135,9 +135,9 @@ impl Broker {
     /// # Panics
     /// When it does not come up.
     pub fn start<S: AsRef<str>>(upstreams: &[S]) -> Broker {
-        let builder = upstreams.iter().fold(Builder::default(), |builder, spec| {
-            builder.arg("--upstream").arg(spec.as_ref())
-        });
+        let builder = upstreams
+            .iter()
+            .fold(Builder::default(), |builder, spec| builder.arg("--upstream").arg(spec.as_ref()));
         builder.start()
     }
 
@@ -170,11 +170,7 @@ impl Broker {
     /// `poolbroker SUBCOMMAND --runtime-dir DIR`, ready for more arguments.
     pub fn command(&self, subcommand: &str) -> Command {
         let mut command = Command::new(poolbroker_binary());
-        command
-            .arg(subcommand)
-            .arg("--runtime-dir")
-            .arg(self.runtime_dir())
-            .stdin(Stdio::null());
+        command.arg(subcommand).arg("--runtime-dir").arg(self.runtime_dir()).stdin(Stdio::null());
         command
     }
 
@@ -298,26 +294,18 @@ impl Broker {
             .lines()
             .find_map(|line| line.strip_prefix("VmRSS:"))
             .expect("a running process has VmRSS");
-        let kib: u64 = line
-            .trim()
-            .trim_end_matches(" kB")
-            .parse()
-            .expect("VmRSS is a number");
+        let kib: u64 = line.trim().trim_end_matches(" kB").parse().expect("VmRSS is a number");
         kib * 1024
     }
 
     /// Open descriptors.
     pub fn fd_count(&self) -> usize {
-        fs::read_dir(self.proc_path("fd"))
-            .expect("the broker runs")
-            .count()
+        fs::read_dir(self.proc_path("fd")).expect("the broker runs").count()
     }
 
     /// Threads.
     pub fn thread_count(&self) -> usize {
-        fs::read_dir(self.proc_path("task"))
-            .expect("the broker runs")
-            .count()
+        fs::read_dir(self.proc_path("task")).expect("the broker runs").count()
     }
 
     /// Processor time used so far, user and system.
@@ -448,16 +436,8 @@ impl Launch {
             args.push("--config".into());
             args.push(path.into_os_string());
         }
-        let runtime_dir = builder
-            .runtime_dir
-            .unwrap_or_else(|| home.path().join("run"));
-        Launch {
-            args,
-            env: builder.env,
-            shell: builder.shell,
-            runtime_dir,
-            home,
-        }
+        let runtime_dir = builder.runtime_dir.unwrap_or_else(|| home.path().join("run"));
+        Launch { args, env: builder.env, shell: builder.shell, runtime_dir, home }
     }
 
     fn spawn(&self) -> Child {
@@ -508,9 +488,7 @@ fn ask_status(runtime_dir: &Path) -> io::Result<Value> {
 }
 
 fn wait_for_exit(child: &mut Child, patience: Duration) -> Option<ExitStatus> {
-    poll_for(patience, || {
-        child.try_wait().expect("a child can be waited for")
-    })
+    poll_for(patience, || child.try_wait().expect("a child can be waited for"))
 }
 
 fn end(child: &mut Child) {
@@ -524,7 +502,5 @@ fn end(child: &mut Child) {
 /// # Panics
 /// When [`PATIENCE`] runs out.
 pub fn wait_for_child(child: &mut Child) -> ExitStatus {
-    wait_for("a child process ends", || {
-        child.try_wait().expect("a child can be waited for")
-    })
+    wait_for("a child process ends", || child.try_wait().expect("a child can be waited for"))
 }

@@ -14,10 +14,7 @@
 //! Everything panics with a message when a test cannot go on.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    reason = "the harness ends the test that uses it by panicking"
-)]
+#![allow(clippy::panic, reason = "the harness ends the test that uses it by panicking")]
 
 pub mod binary;
 pub mod broker;

@@ -118,10 +118,7 @@ impl RawClient {
         let socket = UnixStream::connect(runtime_dir.join("broker.sock"))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.set_write_timeout(Some(PATIENCE))?;
-        Ok(RawClient {
-            socket,
-            unread: Vec::new(),
-        })
+        Ok(RawClient { socket, unread: Vec::new() })
     }
 
     /// Connects, and says nothing.
@@ -196,10 +193,7 @@ impl RawClient {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];
         let mut control = SendAncillaryBuffer::new(&mut space);
         let fits = control.push(SendAncillaryMessage::ScmRights(descriptors));
-        assert!(
-            fits,
-            "at most {DESCRIPTORS_MAX} descriptors go in one message"
-        );
+        assert!(fits, "at most {DESCRIPTORS_MAX} descriptors go in one message");
         let bytes = [IoSlice::new(bytes)];
         let flags = SendFlags::NOSIGNAL;
         Ok(sendmsg(self.socket.as_fd(), &bytes, &mut control, flags)?)
@@ -207,10 +201,7 @@ impl RawClient {
 
     /// Sends one one-way message.
     pub fn send(&mut self, upstream: u16, body: &[u8]) {
-        let header = FrameHeader {
-            upstream,
-            ..FrameHeader::new(Kind::Send)
-        };
+        let header = FrameHeader { upstream, ..FrameHeader::new(Kind::Send) };
         self.send_frame(header, body);
     }
 
@@ -228,12 +219,7 @@ impl RawClient {
 
     /// Sends one request; `timeout_ms` = 0: the upstream's own limits.
     pub fn send_request(&mut self, upstream: u16, correlation: u64, timeout_ms: u32, body: &[u8]) {
-        let header = FrameHeader {
-            kind: Kind::Request,
-            upstream,
-            correlation,
-            timeout_ms,
-        };
+        let header = FrameHeader { kind: Kind::Request, upstream, correlation, timeout_ms };
         self.send_frame(header, body);
     }
 
@@ -306,11 +292,9 @@ impl RawClient {
     /// When something else comes.
     pub fn next_detached(&mut self) -> (u64, Reason, Outcomes) {
         match self.next_frame().map(|frame| frame.control()) {
-            Some(BrokerMessage::Detached {
-                session,
-                reason,
-                outcomes,
-            }) => (session, reason, outcomes),
+            Some(BrokerMessage::Detached { session, reason, outcomes }) => {
+                (session, reason, outcomes)
+            }
             other => panic!("no session ends, the broker says {other:?}"),
         }
     }
@@ -324,10 +308,7 @@ impl RawClient {
         loop {
             let next = deframer.next_frame(&self.unread);
             if let Some(frame) = next.expect("the broker sends frames") {
-                let owned = OwnedFrame {
-                    header: frame.header,
-                    body: frame.body.to_vec(),
-                };
+                let owned = OwnedFrame { header: frame.header, body: frame.body.to_vec() };
                 let used = frame.frame_bytes;
                 self.unread.drain(..used);
                 return Some(owned);
@@ -368,11 +349,7 @@ pub fn frame(header: FrameHeader, body: &[u8]) -> Vec<u8> {
 
 /// Header and body of a control message.
 pub fn control(correlation: u64, upstream: u16, message: &ClientMessage) -> (FrameHeader, Vec<u8>) {
-    let header = FrameHeader {
-        upstream,
-        correlation,
-        ..FrameHeader::new(Kind::Control)
-    };
+    let header = FrameHeader { upstream, correlation, ..FrameHeader::new(Kind::Control) };
     let body = encode(message).expect("a test's control message is short");
     (header, body)
 }

@@ -1,11 +1,7 @@
 //! The sums of the accounting: equal at every moment, and true in the end.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs::File;
 use std::io::Write;
@@ -25,10 +21,8 @@ fn both_sums_are_equal_at_every_moment_under_mixed_load() {
     let metrics = UdpSink::answering(2);
     let logs = TcpSink::start();
     logs.answer_each(b"?");
-    let echo = TcpEcho::behaving(Manners::SlowEvery {
-        every: 10,
-        delay: Duration::from_millis(60),
-    });
+    let echo =
+        TcpEcho::behaving(Manners::SlowEvery { every: 10, delay: Duration::from_millis(60) });
     let config = format!(
         "[upstream.metrics]\nurl = \"{}\"\n[upstream.logs]\nurl = \"{}\"\n\
          [upstream.echo]\nurl = \"{}\"\nconnections_max = 2\nwaiters_max = 2\n\
@@ -59,38 +53,23 @@ fn both_sums_are_equal_at_every_moment_under_mixed_load() {
 
     let status = broker.wait_until(|status| {
         let upstreams = status["upstreams"].as_array().unwrap();
-        upstreams
-            .iter()
-            .all(|upstream| total(upstream, "queued") == 0)
+        upstreams.iter().all(|upstream| total(upstream, "queued") == 0)
     });
     broker.assert_sums(&status);
-    for (name, counter) in [
-        ("metrics", &load.metrics),
-        ("logs", &load.logs),
-        ("down", &load.down),
-    ] {
+    for (name, counter) in [("metrics", &load.metrics), ("logs", &load.logs), ("down", &load.down)]
+    {
         let upstream = upstream_in(&status, name);
-        assert_eq!(
-            total(upstream, "accepted"),
-            counter.load(Ordering::SeqCst),
-            "{name}"
-        );
+        assert_eq!(total(upstream, "accepted"), counter.load(Ordering::SeqCst), "{name}");
     }
     let down = upstream_in(&status, "down");
     assert_eq!(total(down, "sent"), 0, "{down:#}");
-    assert!(
-        total(down, "expired") > 0 && total(down, "dropped") > 0,
-        "{down:#}"
-    );
+    assert!(total(down, "expired") > 0 && total(down, "dropped") > 0, "{down:#}");
     let logs_sent = usize::try_from(total(upstream_in(&status, "logs"), "sent")).unwrap();
     assert_eq!(logs.wait_for(logs_sent).len(), logs_sent);
     let echo = upstream_in(&status, "echo");
     assert_eq!(total(echo, "in_flight"), 0, "{echo:#}");
     assert_eq!(total(echo, "replied"), load.replied.load(Ordering::SeqCst));
-    assert_eq!(
-        total(echo, "requests"),
-        load.requests.load(Ordering::SeqCst)
-    );
+    assert_eq!(total(echo, "requests"), load.requests.load(Ordering::SeqCst));
 }
 
 #[test]
@@ -103,24 +82,14 @@ fn each_door_counts_what_came_through_it() {
         client.send(handle, body);
     }
     let outcomes = client.flush(handle);
-    assert_eq!(
-        (outcomes.accepted, outcomes.refused_total()),
-        (2, 2),
-        "{outcomes:?}"
-    );
-    let mut fifo = File::options()
-        .write(true)
-        .open(broker.fifo("logs"))
-        .unwrap();
+    assert_eq!((outcomes.accepted, outcomes.refused_total()), (2, 2), "{outcomes:?}");
+    let mut fifo = File::options().write(true).open(broker.fifo("logs")).unwrap();
     fifo.write_all(b"three\n\n").unwrap();
     sink.wait_for(3);
     let status =
         broker.wait_until(|status| total(listener_in(status, "fifo", "logs"), "refused") == 1);
     let sessions = status["sessions"].as_array().unwrap();
-    let own = sessions
-        .iter()
-        .find(|entry| entry["id"] == session)
-        .unwrap();
+    let own = sessions.iter().find(|entry| entry["id"] == session).unwrap();
     assert_eq!((total(own, "accepted"), total(own, "refused")), (2, 2));
     assert_eq!(own["transport"], "unix");
     assert_eq!(own["pid"], std::process::id());
@@ -134,17 +103,11 @@ fn the_status_is_about_this_broker() {
     let broker = Broker::start(&["unused=tcp://127.0.0.1:9"]);
     let status = broker.status();
     assert_eq!(status["pid"], broker.pid());
-    assert_eq!(
-        status["runtime_dir"],
-        broker.runtime_dir().to_str().unwrap()
-    );
+    assert_eq!(status["runtime_dir"], broker.runtime_dir().to_str().unwrap());
     assert_eq!(status["version"], env!("CARGO_PKG_VERSION"));
     assert!(status["uptime_s"].is_number(), "{status:#}");
     assert_eq!(status["upstreams"][0]["name"], "unused");
-    assert_eq!(
-        status["upstreams"][0]["addresses"],
-        serde_json::json!(["127.0.0.1:9"])
-    );
+    assert_eq!(status["upstreams"][0]["addresses"], serde_json::json!(["127.0.0.1:9"]));
 }
 
 /// What the load has done so far.
@@ -178,11 +141,7 @@ impl Load {
                 client.send(handle, b"");
             }
             let outcomes = client.flush(handle);
-            assert_eq!(
-                outcomes.queued(),
-                0,
-                "a flush waits for every outcome: {outcomes:?}"
-            );
+            assert_eq!(outcomes.queued(), 0, "a flush waits for every outcome: {outcomes:?}");
             assert_eq!(outcomes.refused_total(), outcomes.accepted, "{outcomes:?}");
             counter.fetch_add(outcomes.accepted - accepted, Ordering::SeqCst);
             accepted = outcomes.accepted;
@@ -190,10 +149,7 @@ impl Load {
     }
 
     fn write(&self, broker: &Broker, counter: &AtomicU64) {
-        let mut fifo = File::options()
-            .write(true)
-            .open(broker.fifo("logs"))
-            .unwrap();
+        let mut fifo = File::options().write(true).open(broker.fifo("logs")).unwrap();
         while !self.is_done() {
             fifo.write_all(b"a line\n").unwrap();
             counter.fetch_add(1, Ordering::SeqCst);

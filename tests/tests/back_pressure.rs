@@ -2,11 +2,7 @@
 //! notices.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs::File;
 use std::io::Write;
@@ -26,10 +22,7 @@ fn a_stuck_upstream_holds_up_only_what_is_meant_for_it() {
     const LINES: usize = 100_000;
     let (sink, echo) = (TcpSink::start(), TcpEcho::start());
     sink.pause();
-    let broker = Broker::start(&[
-        format!("stuck={}", sink.url()),
-        format!("echo={}", echo.url()),
-    ]);
+    let broker = Broker::start(&[format!("stuck={}", sink.url()), format!("echo={}", echo.url())]);
     let before = broker.rss_bytes();
     let line = |number: usize| format!("{number:0>199}");
     thread::scope(|scope| {
@@ -38,17 +31,13 @@ fn a_stuck_upstream_holds_up_only_what_is_meant_for_it() {
             let mut fifo = writer(&fifo);
             for number in 0..LINES {
                 // 200 bytes each, 20 MB in all: far more than every buffer on the way.
-                fifo.write_all(format!("{}\n", line(number)).as_bytes())
-                    .unwrap();
+                fifo.write_all(format!("{}\n", line(number)).as_bytes()).unwrap();
             }
         });
         let status = broker.wait_until(|status| total(&status["upstreams"][0], "queued") > 0);
         broker.assert_sums(&status);
         for _ in 0..100 {
-            assert_eq!(
-                ask(broker.runtime_dir(), "echo", b"alive").reply(),
-                b"alive"
-            );
+            assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
         }
         let stuck = broker.upstream_status("stuck");
         let queued_bytes = total(&stuck, "queued") * 200;
@@ -59,14 +48,9 @@ fn a_stuck_upstream_holds_up_only_what_is_meant_for_it() {
         sink.resume();
     });
     let arrived = sink.wait_for(LINES);
-    let in_order = arrived
-        .iter()
-        .enumerate()
-        .all(|(number, record)| record == line(number).as_bytes());
-    assert!(
-        in_order && arrived.len() == LINES,
-        "order or content changed"
-    );
+    let in_order =
+        arrived.iter().enumerate().all(|(number, record)| record == line(number).as_bytes());
+    assert!(in_order && arrived.len() == LINES, "order or content changed");
     let status = broker.status();
     broker.assert_sums(&status);
 }
@@ -92,10 +76,7 @@ fn a_client_that_never_stops_sending_starves_nobody() {
         }
         broker.wait_until_upstream("metrics", |upstream| total(upstream, "sent") > 10_000);
         for _ in 0..100 {
-            assert_eq!(
-                ask(broker.runtime_dir(), "echo", b"alive").reply(),
-                b"alive"
-            );
+            assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
         }
         broker.assert_sums(&broker.status());
         done.store(true, Ordering::SeqCst);
@@ -119,10 +100,7 @@ fn messages_wait_for_an_upstream_that_is_down_and_arrive_in_order() {
         sink.stop();
         broker.wait_until_upstream("logs", |upstream| {
             let connections = list(upstream, "connections").iter();
-            connections
-                .filter(|connection| connection["state"] != "connecting")
-                .count()
-                == 0
+            connections.filter(|connection| connection["state"] != "connecting").count() == 0
         });
         write(1000);
         let upstream = broker.wait_until_upstream("logs", |upstream| {
@@ -150,8 +128,7 @@ fn a_connection_that_breaks_is_followed_by_one_that_starts_at_a_message() {
         scope.spawn(move || {
             let mut fifo = writer(&fifo);
             for number in 0..3000 {
-                fifo.write_all(format!("{}\n", body(number)).as_bytes())
-                    .unwrap();
+                fifo.write_all(format!("{}\n", body(number)).as_bytes()).unwrap();
             }
         });
         for round in 1..=5 {
@@ -165,11 +142,7 @@ fn a_connection_that_breaks_is_followed_by_one_that_starts_at_a_message() {
     });
     // What the sink's kernel had taken and the sink had not read is lost, and nothing else changes.
     let mut next = 0;
-    let arrived = || {
-        sink.received()
-            .last()
-            .map(|record| record == body(2999).as_bytes())
-    };
+    let arrived = || sink.received().last().map(|record| record == body(2999).as_bytes());
     poolbroker_tests::deadline::wait_for("the last record arrives", || {
         arrived().filter(|last| *last)
     });
@@ -193,16 +166,8 @@ fn a_message_that_waits_too_long_expires() {
         client.send(handle, b"in vain");
     }
     let outcomes = client.flush(handle);
-    assert_eq!(
-        (outcomes.accepted, outcomes.expired),
-        (10, 10),
-        "{outcomes:?}"
-    );
-    let output = broker
-        .command("send")
-        .args(["down", "in vain"])
-        .output()
-        .unwrap();
+    assert_eq!((outcomes.accepted, outcomes.expired), (10, 10), "{outcomes:?}");
+    let output = broker.command("send").args(["down", "in vain"]).output().unwrap();
     assert_eq!(output.status.code(), Some(4), "{output:?}");
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(stderr.contains("down"), "the upstream is named: {stderr}");
@@ -231,10 +196,7 @@ fn a_full_queue_blocks_or_drops_as_configured() {
         let kept = usize::try_from(1000 - dropped).unwrap();
         let arrived = sink.wait_for(kept);
         let first: usize = std::str::from_utf8(&arrived[0]).unwrap().parse().unwrap();
-        let last: usize = std::str::from_utf8(&arrived[kept - 1])
-            .unwrap()
-            .parse()
-            .unwrap();
+        let last: usize = std::str::from_utf8(&arrived[kept - 1]).unwrap().parse().unwrap();
         match overflow {
             "drop-newest" => assert_eq!((first, last), (0, kept - 1)),
             _ => assert_eq!((first, last), (1000 - kept, 999)),
@@ -258,10 +220,7 @@ fn a_fifo_of_an_upstream_that_is_down_holds_its_writers_back() {
         (accepted > 0 && fifo.write_all(&line).is_err()).then_some(())
     });
     let upstream = broker.upstream_status("down");
-    assert!(
-        total(&upstream, "queued") * 100 <= 64 * 1024,
-        "{upstream:#}"
-    );
+    assert!(total(&upstream, "queued") * 100 <= 64 * 1024, "{upstream:#}");
     assert_eq!(total(&upstream, "dropped"), 0, "{upstream:#}");
     assert!(written > 500, "{written} lines fit");
 }

@@ -1,11 +1,7 @@
 //! The client library against a real broker: what a program sees while things go well and badly.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::io::{Read, Write};
 use std::process::Command;
@@ -37,10 +33,7 @@ fn a_child_that_dies_loses_nothing_of_what_it_had_written() {
     assert_eq!(detached.outcomes.sent, detached.outcomes.accepted);
     let count = usize::try_from(detached.outcomes.sent).unwrap();
     let written = (0..count).map(|number| format!("line {number}").into_bytes());
-    assert!(
-        sink.wait_for(count).into_iter().eq(written),
-        "order or content changed"
-    );
+    assert!(sink.wait_for(count).into_iter().eq(written), "order or content changed");
 }
 
 #[test]
@@ -157,10 +150,7 @@ fn after_a_shutdown_taken_and_not_taken_add_up() {
         let taken = usize::try_from(logs.handed_over() - not_taken).unwrap();
         assert!(logs.handed_over() >= handed_over);
         let written = (0..taken).map(|number| number.to_string().into_bytes());
-        assert!(
-            sink.wait_for(taken).into_iter().eq(written),
-            "order or content changed"
-        );
+        assert!(sink.wait_for(taken).into_iter().eq(written), "order or content changed");
     }
 }
 
@@ -172,18 +162,12 @@ fn errors_name_what_failed() {
     for (error, says) in [
         (client.upstream("nope").unwrap_err(), "nope"),
         (client.upstream("No").unwrap_err(), "No"),
-        (
-            client.open("tcp://127.0.0.1:1").unwrap_err(),
-            "tcp://127.0.0.1:1",
-        ),
+        (client.open("tcp://127.0.0.1:1").unwrap_err(), "tcp://127.0.0.1:1"),
         (client.open("ftp://127.0.0.1:1").unwrap_err(), "ftp"),
         (logs.send(b"").unwrap_err(), "logs"),
         (logs.send(&vec![0; 2 << 20]).unwrap_err(), "1048576"),
     ] {
-        assert!(
-            error.to_string().contains(says),
-            "{says:?} is not in {error}"
-        );
+        assert!(error.to_string().contains(says), "{says:?} is not in {error}");
     }
     let nowhere = Client::connect_in("/tmp/no broker here").unwrap_err();
     assert!(matches!(nowhere, Error::NoBroker { .. }), "{nowhere:?}");

@@ -1,11 +1,7 @@
 //! FIFOs: `echo x > NAME.fifo` from any shell.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -88,9 +84,7 @@ fn a_record_that_is_too_long_is_dropped_to_its_delimiter_and_counted_once() {
     let (sink, broker) = line_sink();
     let fifo = broker.fifo("logs");
     let fifo = fifo.display();
-    shell(&format!(
-        "{{ head -c 1000000 /dev/zero | tr '\\0' A; echo; echo OK; }} > {fifo}"
-    ));
+    shell(&format!("{{ head -c 1000000 /dev/zero | tr '\\0' A; echo; echo OK; }} > {fifo}"));
     assert_eq!(sink.wait_for(1), [b"OK"]);
     let status = broker.wait_until(|status| refused(status, "too_long") > 0);
     assert_eq!(refused(&status, "too_long"), 1);
@@ -119,10 +113,7 @@ fn the_torn_line_of_a_killed_writer_is_discarded_and_never_joined_to_the_next() 
         .config("[limits]\npartial_timeout = \"200ms\"\n")
         .start();
     let fifo = broker.fifo("logs");
-    let script = format!(
-        "exec > {}; printf 'one\\ntwo\\nhal'; kill -9 $$",
-        fifo.display()
-    );
+    let script = format!("exec > {}; printf 'one\\ntwo\\nhal'; kill -9 $$", fifo.display());
     let status = Command::new("sh").args(["-c", &script]).status().unwrap();
     assert_eq!(status.code(), None, "the writer was killed");
     broker.wait_until(|status| refused(status, "partial") == 1);
@@ -154,10 +145,8 @@ fn a_line_that_would_be_two_messages_upstream_is_refused() {
 #[test]
 fn a_framed_fifo_carries_any_bytes() {
     let sink = TcpSink::with(Marks::U32be);
-    let config = format!(
-        "[upstream.logs]\nurl = \"{}\"\nfifo = {{ framing = \"u16be\" }}\n",
-        sink.url()
-    );
+    let config =
+        format!("[upstream.logs]\nurl = \"{}\"\nfifo = {{ framing = \"u16be\" }}\n", sink.url());
     let broker = Broker::builder().config(&config).start();
     let mut fifo = writer(&broker.fifo("logs"));
     fifo.write_all(b"\0\x04a\nb\0\0\x03end").unwrap();
@@ -198,10 +187,7 @@ fn the_socket_is_opened_to_others_only_as_configured() {
         let path = broker.runtime_dir().join(name);
         fs::metadata(path).unwrap().permissions().mode() & 0o777
     };
-    assert_eq!(
-        (mode_of("broker.sock"), mode_of("admin.sock")),
-        (0o666, 0o600)
-    );
+    assert_eq!((mode_of("broker.sock"), mode_of("admin.sock")), (0o666, 0o600));
 }
 
 #[test]

@@ -1,11 +1,7 @@
 //! Clients that break the protocol: they lose their session, and nobody else loses anything.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::time::Duration;
 
@@ -24,15 +20,7 @@ fn frames_of_every_announced_length_are_judged_without_allocating_them() {
     let (echo, broker) = start();
     let before = broker.rss_bytes();
     for kind in 0..=8u8 {
-        for length in [
-            0,
-            1,
-            (1 << 20) - 1,
-            1 << 20,
-            (1 << 20) + 1,
-            1 << 31,
-            u32::MAX,
-        ] {
+        for length in [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 1 << 31, u32::MAX] {
             let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
             let handle = client.open("echo");
             let mut header = [0; HEADER_BYTES];
@@ -48,10 +36,7 @@ fn frames_of_every_announced_length_are_judged_without_allocating_them() {
             }
         }
     }
-    assert_eq!(
-        ask(broker.runtime_dir(), "echo", b"alive").reply(),
-        b"alive"
-    );
+    assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
     let grown = broker.rss_bytes().saturating_sub(before);
     assert!(grown < 16 * MIB, "grown by {grown} bytes");
     broker.wait_until(|status| list(status, "sessions").is_empty());
@@ -63,11 +48,8 @@ fn a_frame_may_arrive_byte_by_byte() {
     let (_echo, broker) = start();
     let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
     let handle = client.open("echo");
-    let request = FrameHeader {
-        upstream: handle,
-        correlation: 5,
-        ..FrameHeader::new(Kind::Request)
-    };
+    let request =
+        FrameHeader { upstream: handle, correlation: 5, ..FrameHeader::new(Kind::Request) };
     for byte in frame(request, b"byte by byte") {
         client.send_bytes(&[byte]);
     }
@@ -82,10 +64,7 @@ fn half_a_frame_of_a_client_that_leaves_goes_nowhere() {
     for keep in [1, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 5] {
         let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
         let handle = client.open("logs");
-        let header = FrameHeader {
-            upstream: handle,
-            ..FrameHeader::new(Kind::Send)
-        };
+        let header = FrameHeader { upstream: handle, ..FrameHeader::new(Kind::Send) };
         client.send(handle, b"whole");
         client.send_bytes(&frame(header, b"only half of it")[..keep]);
     }
@@ -108,10 +87,7 @@ fn half_a_frame_that_is_not_continued_ends_the_session() {
     let (mut patient, _) = RawClient::welcomed(broker.runtime_dir());
     let handle = patient.open("echo");
     std::thread::sleep(Duration::from_millis(500));
-    assert_eq!(
-        patient.request(handle, 0, b"still here").reply(),
-        b"still here"
-    );
+    assert_eq!(patient.request(handle, 0, b"still here").reply(), b"still here");
 }
 
 #[test]
@@ -128,16 +104,14 @@ fn whoever_speaks_something_else_is_closed() {
     ];
     for opening in openings {
         let mut client = RawClient::connect(broker.runtime_dir());
+        eprintln!("{opening:?}");
         client.send_bytes(opening);
         assert_eq!(goodbye(&mut client), Reason::BadFrame, "{opening:?}");
     }
     let mut twice = RawClient::welcomed(broker.runtime_dir()).0;
     twice.send_bytes(&hello_frame(&hello()));
     assert_eq!(goodbye(&mut twice), Reason::BadFrame);
-    assert_eq!(
-        ask(broker.runtime_dir(), "echo", b"alive").reply(),
-        b"alive"
-    );
+    assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
 }
 
 #[test]
@@ -148,11 +122,7 @@ fn another_version_is_told_so() {
         body[4..6].copy_from_slice(&version.to_le_bytes());
         let mut client = RawClient::connect(broker.runtime_dir());
         client.send_bytes(&hello_frame(&body));
-        assert_eq!(
-            goodbye(&mut client),
-            Reason::VersionMismatch,
-            "version {version}"
-        );
+        assert_eq!(goodbye(&mut client), Reason::VersionMismatch, "version {version}");
     }
 }
 
@@ -160,16 +130,9 @@ fn another_version_is_told_so() {
 fn unknown_names_and_handles_are_refused_by_name() {
     let (_echo, broker) = start();
     let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
-    for name in [
-        "nope",
-        "..",
-        "broker",
-        "admin",
-        "",
-        "echo\0",
-        &"x".repeat(60_000),
-        &"\x1b".repeat(60_000),
-    ] {
+    for name in
+        ["nope", "..", "broker", "admin", "", "echo\0", &"x".repeat(60_000), &"\x1b".repeat(60_000)]
+    {
         let name = name.to_owned();
         client.send_control(1, 0, &ClientMessage::Open { name: name.clone() });
         let failure = client.next_frame().unwrap().failure();
@@ -199,10 +162,7 @@ fn an_id_in_use_is_refused_and_the_request_under_way_completes() {
     assert_eq!(failure.retry, Retry::NotSent);
     let (correlation, answer) = client.next_answer();
     assert_eq!((correlation, answer.reply()), (7, b"the first".to_vec()));
-    assert_eq!(
-        client.request(handle, 0, b"free again").reply(),
-        b"free again"
-    );
+    assert_eq!(client.request(handle, 0, b"free again").reply(), b"free again");
 }
 
 #[test]
@@ -244,10 +204,8 @@ fn one_message_never_becomes_two() {
         let refused = forbidden.len() as u64;
         assert_eq!(outcomes.refused_total(), refused, "{marks:?}: {outcomes:?}");
         assert_eq!(sink.wait_for(odd.len()), odd, "{marks:?}");
-        let failures: Vec<_> = forbidden
-            .iter()
-            .map(|body| client.request(handle, 0, body).failure().reason)
-            .collect();
+        let failures: Vec<_> =
+            forbidden.iter().map(|body| client.request(handle, 0, body).failure().reason).collect();
         assert_eq!(failures, vec![Reason::Delimiter; forbidden.len()]);
     }
 }
@@ -257,25 +215,16 @@ fn addresses_that_are_not_configured_are_out_of_reach() {
     let echo = TcpEcho::start();
     let url = echo.url();
     let closed = Broker::start(&["unused=tcp://127.0.0.1:9"]);
-    let open = Broker::builder()
-        .config("[dynamic]\nallow = [\"127.0.0.0/8\"]\n")
-        .start();
+    let open = Broker::builder().config("[dynamic]\nallow = [\"127.0.0.0/8\"]\n").start();
     let (mut client, _) = RawClient::welcomed(closed.runtime_dir());
     for url in [&url[..], "tcp://169.254.169.254:80", "udp://127.0.0.1:53"] {
         assert_eq!(open_url(&mut client, url), Err(Reason::NotAllowed), "{url}");
     }
     let (mut client, _) = RawClient::welcomed(open.runtime_dir());
-    for url in [
-        "tcp://169.254.169.254:80",
-        "tcp://10.0.0.1:80",
-        "tcp://[::1]:80",
-    ] {
+    for url in ["tcp://169.254.169.254:80", "tcp://10.0.0.1:80", "tcp://[::1]:80"] {
         assert_eq!(open_url(&mut client, url), Err(Reason::NotAllowed), "{url}");
     }
-    assert_eq!(
-        open_url(&mut client, "http://127.0.0.1"),
-        Err(Reason::InvalidUrl)
-    );
+    assert_eq!(open_url(&mut client, "http://127.0.0.1"), Err(Reason::InvalidUrl));
     let handle = open_url(&mut client, &url).unwrap();
     assert_eq!(client.request(handle, 0, b"allowed").reply(), b"allowed");
 }
@@ -289,11 +238,8 @@ fn a_client_that_reads_no_replies_is_bounded_and_alone() {
     let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
     let handle = client.open("echo");
     let request = |correlation| {
-        let header = FrameHeader {
-            upstream: handle,
-            correlation,
-            ..FrameHeader::new(Kind::Request)
-        };
+        let header =
+            FrameHeader { upstream: handle, correlation, ..FrameHeader::new(Kind::Request) };
         frame(header, &[b'x'; 60_000])
     };
     client.socket().set_nonblocking(true).unwrap();
@@ -311,15 +257,9 @@ fn a_client_that_reads_no_replies_is_bounded_and_alone() {
         (correlation > 3000).then_some(())
     });
     let grown = broker.rss_bytes().saturating_sub(before);
-    assert!(
-        grown < 100 * MIB,
-        "grown by {grown} bytes for {correlation} requests"
-    );
+    assert!(grown < 100 * MIB, "grown by {grown} bytes for {correlation} requests");
     for _ in 0..50 {
-        assert_eq!(
-            ask(broker.runtime_dir(), "echo", b"alive").reply(),
-            b"alive"
-        );
+        assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
     }
     drop(client);
     broker.wait_until(|status| list(status, "sessions").is_empty());
@@ -347,11 +287,7 @@ fn noise_never_harms_anybody_else() {
             }
         }
     }
-    assert_eq!(
-        ask(broker.runtime_dir(), "echo", b"alive").reply(),
-        b"alive",
-        "seed {seed}"
-    );
+    assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive", "seed {seed}");
     broker.wait_until(|status| list(status, "sessions").is_empty());
     let status = broker.status();
     broker.assert_sums(&status);

@@ -2,11 +2,7 @@
 //! since making a namespace takes root or a kernel that lets users do it.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::env;
 use std::process::Command;
@@ -26,119 +22,100 @@ const INSIDE: &str = "POOLBROKER_TEST_INSIDE_NAMESPACE";
 #[test]
 #[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
 fn late_udp_replies_reach_nobody_though_ports_are_used_again() {
-    with_ports(
-        "40000 40031",
-        "late_udp_replies_reach_nobody_though_ports_are_used_again",
-        || {
-            const REQUESTS: u64 = 100_000;
-            // The peer answers 50 ms after the request has timed out.
-            let echo = UdpEcho::late_every(50, Duration::from_millis(100));
-            let config = format!(
-                "[upstream.echo]\nurl = \"{}\"\nrequest_timeout = \"50ms\"\n\
+    with_ports("40000 40031", "late_udp_replies_reach_nobody_though_ports_are_used_again", || {
+        const REQUESTS: u64 = 100_000;
+        // The peer answers 50 ms after the request has timed out.
+        let echo = UdpEcho::late_every(50, Duration::from_millis(100));
+        let config = format!(
+            "[upstream.echo]\nurl = \"{}\"\nrequest_timeout = \"50ms\"\n\
              late_reply_window = \"200ms\"\n",
-                echo.url()
-            );
-            let broker = Broker::builder().config(&config).start();
-            let (own, failed) = (AtomicU64::new(0), AtomicU64::new(0));
-            thread::scope(|scope| {
-                for _ in 0..16 {
-                    scope.spawn(|| {
-                        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
-                        let handle = client.open("echo");
-                        while own.load(Ordering::Relaxed) + failed.load(Ordering::Relaxed)
-                            < REQUESTS
-                        {
-                            let token = format!("{:032x}", fastrand::u128(..));
-                            match client.request(handle, 0, token.as_bytes()) {
-                                Answer::Reply(body) => {
-                                    assert_eq!(body, token.as_bytes(), "another request's reply");
-                                    own.fetch_add(1, Ordering::Relaxed);
-                                }
-                                Answer::Failed(_) => {
-                                    failed.fetch_add(1, Ordering::Relaxed);
-                                }
-                                Answer::Closed => panic!("the session ended"),
+            echo.url()
+        );
+        let broker = Broker::builder().config(&config).start();
+        let (own, failed) = (AtomicU64::new(0), AtomicU64::new(0));
+        thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| {
+                    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+                    let handle = client.open("echo");
+                    while own.load(Ordering::Relaxed) + failed.load(Ordering::Relaxed) < REQUESTS {
+                        let token = format!("{:032x}", fastrand::u128(..));
+                        match client.request(handle, 0, token.as_bytes()) {
+                            Answer::Reply(body) => {
+                                assert_eq!(body, token.as_bytes(), "another request's reply");
+                                own.fetch_add(1, Ordering::Relaxed);
                             }
+                            Answer::Failed(_) => {
+                                failed.fetch_add(1, Ordering::Relaxed);
+                            }
+                            Answer::Closed => panic!("the session ended"),
                         }
-                    });
-                }
-            });
-            let (own, failed) = (own.into_inner(), failed.into_inner());
-            println!("{own} replies, {failed} failures");
-            assert!(own > REQUESTS / 2, "{own} replies, {failed} failures");
-            let status = broker.status();
-            broker.assert_sums(&status);
-            let upstream = broker.upstream_status("echo");
-            // More sockets were used than there are ports: every port was drawn again and again.
-            assert!(total(&upstream, "connections_opened") > 320, "{upstream:#}");
-            assert!(total(&upstream, "replies_discarded") > 0, "{upstream:#}");
-        },
-    );
+                    }
+                });
+            }
+        });
+        let (own, failed) = (own.into_inner(), failed.into_inner());
+        println!("{own} replies, {failed} failures");
+        assert!(own > REQUESTS / 2, "{own} replies, {failed} failures");
+        let status = broker.status();
+        broker.assert_sums(&status);
+        let upstream = broker.upstream_status("echo");
+        // More sockets were used than there are ports: every port was drawn again and again.
+        assert!(total(&upstream, "connections_opened") > 320, "{upstream:#}");
+        assert!(total(&upstream, "replies_discarded") > 0, "{upstream:#}");
+    });
 }
 
 #[test]
 #[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
 fn without_a_free_port_the_open_connections_keep_serving() {
-    with_ports(
-        "40000 40003",
-        "without_a_free_port_the_open_connections_keep_serving",
-        || {
-            let echo = TcpEcho::behaving(Manners::Slow(Duration::from_millis(20)));
-            let broker = Broker::start(&[format!("echo={}", echo.url())]);
-            let replied = AtomicU64::new(0);
-            thread::scope(|scope| {
-                for _ in 0..12 {
-                    scope.spawn(|| {
-                        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
-                        let handle = client.open("echo");
-                        for _ in 0..50 {
-                            assert_eq!(client.request(handle, 0, b"x").reply(), b"x");
-                            replied.fetch_add(1, Ordering::Relaxed);
-                        }
-                    });
-                }
-            });
-            assert_eq!(replied.into_inner(), 600);
-            let upstream = broker.upstream_status("echo");
-            assert!(
-                count_of(&upstream, "connections_closed", "no_ports") > 0,
-                "{upstream:#}"
-            );
-            assert_eq!(list(&upstream, "connections").len(), 4, "{upstream:#}");
-        },
-    );
+    with_ports("40000 40003", "without_a_free_port_the_open_connections_keep_serving", || {
+        let echo = TcpEcho::behaving(Manners::Slow(Duration::from_millis(20)));
+        let broker = Broker::start(&[format!("echo={}", echo.url())]);
+        let replied = AtomicU64::new(0);
+        thread::scope(|scope| {
+            for _ in 0..12 {
+                scope.spawn(|| {
+                    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+                    let handle = client.open("echo");
+                    for _ in 0..50 {
+                        assert_eq!(client.request(handle, 0, b"x").reply(), b"x");
+                        replied.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+        });
+        assert_eq!(replied.into_inner(), 600);
+        let upstream = broker.upstream_status("echo");
+        assert!(count_of(&upstream, "connections_closed", "no_ports") > 0, "{upstream:#}");
+        assert_eq!(list(&upstream, "connections").len(), 4, "{upstream:#}");
+    });
 }
 
 #[test]
 #[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
 fn udp_without_a_free_port_recovers_when_one_is_free() {
-    with_ports(
-        "40000 40001",
-        "udp_without_a_free_port_recovers_when_one_is_free",
-        || {
-            let echo = UdpEcho::late_every(1, Duration::from_millis(300));
-            let config = format!(
-                "[upstream.echo]\nurl = \"{}\"\nlate_reply_window = \"600ms\"\n",
-                echo.url()
-            );
-            let broker = Broker::builder().config(&config).start();
-            let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
-            let handle = client.open("echo");
-            for _ in 0..2 {
-                client.request(handle, 100, b"late").failure();
+    with_ports("40000 40001", "udp_without_a_free_port_recovers_when_one_is_free", || {
+        let echo = UdpEcho::late_every(1, Duration::from_millis(300));
+        let config =
+            format!("[upstream.echo]\nurl = \"{}\"\nlate_reply_window = \"600ms\"\n", echo.url());
+        let broker = Broker::builder().config(&config).start();
+        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+        let handle = client.open("echo");
+        for _ in 0..2 {
+            client.request(handle, 100, b"late").failure();
+        }
+        echo.behave(0, Duration::ZERO);
+        let reply = wait_for("a port becomes free", || {
+            match ask(broker.runtime_dir(), "echo", b"at last") {
+                Answer::Reply(body) => Some(body),
+                Answer::Failed(_) | Answer::Closed => None,
             }
-            echo.behave(0, Duration::ZERO);
-            let reply = wait_for("a port becomes free", || {
-                match ask(broker.runtime_dir(), "echo", b"at last") {
-                    Answer::Reply(body) => Some(body),
-                    Answer::Failed(_) | Answer::Closed => None,
-                }
-            });
-            assert_eq!(reply, b"at last");
-            let status = broker.status();
-            broker.assert_sums(&status);
-        },
-    );
+        });
+        assert_eq!(reply, b"at last");
+        let status = broker.status();
+        broker.assert_sums(&status);
+    });
 }
 
 #[test]
@@ -146,9 +123,7 @@ fn udp_without_a_free_port_recovers_when_one_is_free() {
 fn runs_of_datagrams_longer_than_the_path_takes_are_sent_one_by_one() {
     let name = "runs_of_datagrams_longer_than_the_path_takes_are_sent_one_by_one";
     with_ports("40000 50000", name, || {
-        let lowered = Command::new("ip")
-            .args(["link", "set", "lo", "mtu", "1500"])
-            .status();
+        let lowered = Command::new("ip").args(["link", "set", "lo", "mtu", "1500"]).status();
         assert!(lowered.unwrap().success());
         let sink = UdpSink::start();
         let broker = Broker::start(&[format!("metrics={}", sink.url_write_only())]);

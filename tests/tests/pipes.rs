@@ -1,11 +1,7 @@
 //! Pipes and other descriptors that clients hand over: read to the end, never trusted.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::env;
 use std::fs::{self, File};
@@ -34,11 +30,8 @@ fn seq_into_the_pipe_command_arrives_complete_and_in_order() {
     const LINES: usize = 200_000;
     let sink = TcpSink::start();
     let broker = Broker::start(&[format!("logs={}", sink.url())]);
-    let mut seq = Command::new("seq")
-        .arg(LINES.to_string())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut seq =
+        Command::new("seq").arg(LINES.to_string()).stdout(Stdio::piped()).spawn().unwrap();
     let lines = seq.stdout.take().unwrap();
     let mut command = broker.command("pipe");
     let mut command = command.arg("logs").stdin(lines).spawn().unwrap();
@@ -70,10 +63,7 @@ fn no_byte_passes_through_the_pipe_command_itself() {
         .unwrap()
         .parse()
         .unwrap();
-    assert!(
-        read < LINES * line.len() / 4,
-        "the command read {read} bytes"
-    );
+    assert!(read < LINES * line.len() / 4, "the command read {read} bytes");
     drop(writer);
     assert_eq!(wait_for_child(&mut command).code(), Some(0));
 }
@@ -147,10 +137,7 @@ fn a_pipe_outlives_the_client_that_handed_it_over() {
     let [left] = list(&status, "sessions") else {
         panic!("one session: {status:#}");
     };
-    assert_eq!(
-        (total(left, "id"), &left["transport"]),
-        (session, &"pipe".into())
-    );
+    assert_eq!((total(left, "id"), &left["transport"]), (session, &"pipe".into()));
     writer.write_all(b"still read\n").unwrap();
     assert_eq!(sink.wait_for(1), [b"still read"]);
     drop(writer);
@@ -166,8 +153,7 @@ fn a_socketpair_carries_requests_in_and_replies_out() {
     attach(&mut client, handle, Attachment::Socketpair, &passed);
     drop(passed);
     for number in 0..200 {
-        own.write_all(format!("question {number}\n").as_bytes())
-            .unwrap();
+        own.write_all(format!("question {number}\n").as_bytes()).unwrap();
     }
     let mut replies = BufReader::new(own.try_clone().unwrap()).lines();
     for number in 0..200 {
@@ -176,10 +162,7 @@ fn a_socketpair_carries_requests_in_and_replies_out() {
     }
     own.shutdown(Shutdown::Write).unwrap();
     let (_, reason, _) = client.next_detached();
-    assert!(
-        [Reason::EndOfInput, Reason::ClientGone].contains(&reason),
-        "{reason:?}"
-    );
+    assert!([Reason::EndOfInput, Reason::ClientGone].contains(&reason), "{reason:?}");
 }
 
 #[test]
@@ -216,17 +199,9 @@ fn what_cannot_be_read_as_a_session_is_refused() {
         ("/dev/zero", Attachment::Pipe, zero.as_fd()),
         ("a socket as pipe", Attachment::Pipe, one_end.as_fd()),
         ("a TCP socket", Attachment::Socketpair, listener.as_fd()),
-        (
-            "a datagram socket",
-            Attachment::Socketpair,
-            datagram.as_fd(),
-        ),
+        ("a datagram socket", Attachment::Socketpair, datagram.as_fd()),
         ("the write end of a pipe", Attachment::Pipe, writer.as_fd()),
-        (
-            "a pipe as socketpair",
-            Attachment::Socketpair,
-            reader.as_fd(),
-        ),
+        ("a pipe as socketpair", Attachment::Socketpair, reader.as_fd()),
     ];
     for (what, attachment, descriptor) in cases {
         let (mut client, handle) = client(&broker, "logs");
@@ -237,18 +212,13 @@ fn what_cannot_be_read_as_a_session_is_refused() {
             other => panic!("{what} was not refused: {other:?}"),
         }
     }
-    wait_for("every descriptor is closed", || {
-        (broker.fd_count() == before).then_some(())
-    });
+    wait_for("every descriptor is closed", || (broker.fd_count() == before).then_some(()));
 }
 
 #[test]
 fn a_pipe_made_blocking_and_drained_by_its_client_stops_nobody() {
     let (sink, echo) = (TcpSink::start(), TcpEcho::start());
-    let broker = Broker::start(&[
-        format!("logs={}", sink.url()),
-        format!("echo={}", echo.url()),
-    ]);
+    let broker = Broker::start(&[format!("logs={}", sink.url()), format!("echo={}", echo.url())]);
     let (mut client, handle) = client(&broker, "logs");
     let (reader, mut writer) = io::pipe().unwrap();
     attach(&mut client, handle, Attachment::Pipe, &reader);
@@ -264,20 +234,14 @@ fn a_pipe_made_blocking_and_drained_by_its_client_stops_nobody() {
         scope.spawn(|| steal(&reader));
         for _ in 0..200 {
             writer.write_all(b"now you see me\n").unwrap();
-            assert_eq!(
-                ask(broker.runtime_dir(), "echo", b"alive").reply(),
-                b"alive"
-            );
+            assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
         }
         done.store(true, Ordering::SeqCst);
         drop(writer);
     });
     drop(reader);
     let (_, reason, outcomes) = client.next_detached();
-    assert!(
-        [Reason::EndOfInput, Reason::ReadError].contains(&reason),
-        "{reason:?}"
-    );
+    assert!([Reason::EndOfInput, Reason::ReadError].contains(&reason), "{reason:?}");
     assert_eq!(outcomes.sent, outcomes.accepted, "{outcomes:?}");
 }
 
@@ -342,9 +306,7 @@ fn a_descriptor_whose_close_blocks_holds_up_nobody() {
     let answer = {
         let attachment = Attachment::Socketpair;
         let (header, body) = control(9, handle, &ClientMessage::Attach { attachment });
-        client
-            .send_with(&frame(header, &body), &[lingering.as_fd()])
-            .unwrap();
+        client.send_with(&frame(header, &body), &[lingering.as_fd()]).unwrap();
         drop(lingering);
         client.next_frame().unwrap().failure()
     };
@@ -371,14 +333,9 @@ fn a_flood_of_descriptors_leaves_none_behind() {
             // The kernel may refuse at the sender; then nothing reached the broker.
             let _ = client.send_with(&frame(header, &body), &descriptors);
         }
-        assert_eq!(
-            ask(broker.runtime_dir(), "echo", b"alive").reply(),
-            b"alive"
-        );
+        assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
     }
-    wait_for("every descriptor is closed", || {
-        (broker.fd_count() == before.0).then_some(())
-    });
+    wait_for("every descriptor is closed", || (broker.fd_count() == before.0).then_some(()));
     assert_eq!(broker.status()["sessions"], before.1);
 }
 
@@ -389,17 +346,10 @@ fn descriptors_that_no_message_announces_end_the_session() {
     let before = broker.fd_count();
     let (reader, _writer) = io::pipe().unwrap();
     let (mut client, handle) = client(&broker, "metrics");
-    let header = FrameHeader {
-        upstream: handle,
-        ..FrameHeader::new(Kind::Send)
-    };
-    client
-        .send_with(&frame(header, b"with a stowaway"), &[reader.as_fd()])
-        .unwrap();
+    let header = FrameHeader { upstream: handle, ..FrameHeader::new(Kind::Send) };
+    client.send_with(&frame(header, b"with a stowaway"), &[reader.as_fd()]).unwrap();
     client.until_closed();
-    wait_for("its descriptors are closed", || {
-        (broker.fd_count() == before).then_some(())
-    });
+    wait_for("its descriptors are closed", || (broker.fd_count() == before).then_some(()));
 }
 
 #[test]
@@ -425,9 +375,7 @@ fn the_admin_socket_takes_no_descriptors() {
         let _ = poolbroker_proto::fd::send(&admin, b"status\n", reader.as_fd());
     }
     broker.status();
-    wait_for("every descriptor is closed", || {
-        (broker.fd_count() == before).then_some(())
-    });
+    wait_for("every descriptor is closed", || (broker.fd_count() == before).then_some(()));
 }
 
 fn client(broker: &Broker, upstream: &str) -> (RawClient, u16) {

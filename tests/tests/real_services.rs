@@ -3,11 +3,7 @@
 //! program is missing: a test that skips itself proves nothing.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -31,11 +27,7 @@ use tempfile::TempDir;
 fn redis_answers_a_ping() {
     let redis = Redis::start();
     let broker = redis.broker(8);
-    let output = broker
-        .command("request")
-        .args(["cache", "PING"])
-        .output()
-        .unwrap();
+    let output = broker.command("request").args(["cache", "PING"]).output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert_eq!(output.stdout, b"+PONG\n");
 }
@@ -57,28 +49,14 @@ fn redis_sees_no_more_connections_than_connections_max_and_every_reply_is_its_ow
              '{program}' {command} || exit 1; i=$((i+1)); done"
         );
         let mut shell = Command::new("sh");
-        shell
-            .args(["-c", &script])
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap()
+        shell.args(["-c", &script]).stdout(Stdio::piped()).spawn().unwrap()
     };
     let askers: Vec<Child> = (0..PROCESSES)
-        .map(|_| {
-            loop_of(
-                REQUESTS,
-                &format!("request --runtime-dir {dir} cache 'INCR counter'"),
-            )
-        })
+        .map(|_| loop_of(REQUESTS, &format!("request --runtime-dir {dir} cache 'INCR counter'")))
         .collect();
     // These are answered too, with +OK, which no counter ever is.
     let senders: Vec<Child> = (0..4)
-        .map(|_| {
-            loop_of(
-                200,
-                &format!("send --runtime-dir {dir} cache 'SET noise x'"),
-            )
-        })
+        .map(|_| loop_of(200, &format!("send --runtime-dir {dir} cache 'SET noise x'")))
         .collect();
 
     let mut replies = BTreeSet::new();
@@ -86,19 +64,14 @@ fn redis_sees_no_more_connections_than_connections_max_and_every_reply_is_its_ow
         let output = asker.wait_with_output().unwrap();
         assert!(output.status.success(), "a request failed");
         let text = String::from_utf8(output.stdout).unwrap();
-        let own: Vec<usize> = text
-            .lines()
-            .map(|reply| reply.strip_prefix(':').unwrap().parse().unwrap())
-            .collect();
+        let own: Vec<usize> =
+            text.lines().map(|reply| reply.strip_prefix(':').unwrap().parse().unwrap()).collect();
         assert_eq!(own.len(), REQUESTS);
         assert!(own.is_sorted(), "the counter goes up for each process");
         replies.extend(own);
     }
     for sender in senders {
-        assert!(
-            sender.wait_with_output().unwrap().status.success(),
-            "a send failed"
-        );
+        assert!(sender.wait_with_output().unwrap().status.success(), "a send failed");
     }
     let expected: BTreeSet<usize> = (1..=PROCESSES * REQUESTS).collect();
     assert!(replies == expected, "every reply came to one request");
@@ -106,10 +79,7 @@ fn redis_sees_no_more_connections_than_connections_max_and_every_reply_is_its_ow
     let status = broker.status();
     broker.assert_sums(&status);
     let upstream = broker.upstream_status("cache");
-    assert!(
-        total(&upstream, "connections_opened") <= CONNECTIONS_MAX,
-        "{upstream:#}"
-    );
+    assert!(total(&upstream, "connections_opened") <= CONNECTIONS_MAX, "{upstream:#}");
     assert_eq!(total(&upstream, "replied"), (PROCESSES * REQUESTS) as u64);
     assert_eq!(total(&upstream, "sent"), 800);
     let shown: BTreeSet<String> = list(&upstream, "connections")
@@ -129,21 +99,10 @@ fn a_syslog_daemon_counts_what_went_through_the_fifo() {
         "i=0; while [ $i -lt {LINES} ]; do echo \"<13>message $i of a script\"; i=$((i+1)); done > {}",
         broker.fifo("syslog").display()
     );
-    assert!(
-        Command::new("sh")
-            .args(["-c", &script])
-            .status()
-            .unwrap()
-            .success()
-    );
-    wait_for("the daemon has written every line", || {
-        (syslog.lines().len() >= LINES).then_some(())
-    });
+    assert!(Command::new("sh").args(["-c", &script]).status().unwrap().success());
+    wait_for("the daemon has written every line", || (syslog.lines().len() >= LINES).then_some(()));
     let expected = (0..LINES).map(|number| format!("<13>message {number} of a script"));
-    assert!(
-        syslog.lines().into_iter().eq(expected),
-        "order or content changed"
-    );
+    assert!(syslog.lines().into_iter().eq(expected), "order or content changed");
     let upstream = broker.upstream_status("syslog");
     assert_eq!(
         (total(&upstream, "accepted"), total(&upstream, "sent")),
@@ -162,20 +121,15 @@ fn a_million_lines_arrive_by_every_way_in_a_time_that_is_told() {
         let begin = Instant::now();
         let shell = Command::new("sh").args(["-c", &script]).status().unwrap();
         assert!(shell.success(), "{way}: {script}");
-        wait_for("every line has arrived", || {
-            (sink.lines() >= LINES).then_some(())
-        });
+        wait_for("every line has arrived", || (sink.lines() >= LINES).then_some(()));
         let took = begin.elapsed();
         assert_eq!(sink.lines(), LINES, "{way}");
         took
     };
     let program = poolbroker_tests::binary::poolbroker_binary().display();
-    let socat = times("socat", &|_, port| {
-        format!("seq {LINES} | socat -u - TCP:127.0.0.1:{port}")
-    });
-    let fifo = times("fifo", &|broker, _| {
-        format!("seq {LINES} > {}", broker.fifo("sink").display())
-    });
+    let socat = times("socat", &|_, port| format!("seq {LINES} | socat -u - TCP:127.0.0.1:{port}"));
+    let fifo =
+        times("fifo", &|broker, _| format!("seq {LINES} > {}", broker.fifo("sink").display()));
     let pipe = times("pipe", &|broker, _| {
         let dir = broker.runtime_dir().display();
         format!("seq {LINES} | {program} pipe --runtime-dir {dir} sink")
@@ -212,14 +166,8 @@ impl Redis {
             .stdout(Stdio::null())
             .spawn()
             .expect("redis-server is installed");
-        wait_for("redis-server listens", || {
-            TcpStream::connect(("127.0.0.1", port)).ok()
-        });
-        Redis {
-            process,
-            port,
-            _dir: dir,
-        }
+        wait_for("redis-server listens", || TcpStream::connect(("127.0.0.1", port)).ok());
+        Redis { process, port, _dir: dir }
     }
 
     fn broker(&self, connections_max: u64) -> Broker {
@@ -240,9 +188,7 @@ impl Redis {
         let text = String::from_utf8(output.stdout).unwrap();
         let others = text.lines().filter(|line| !line.contains(" cmd=client"));
         let address = |line: &str| {
-            let field = line
-                .split(' ')
-                .find_map(|field| field.strip_prefix("addr="));
+            let field = line.split(' ').find_map(|field| field.strip_prefix("addr="));
             field.unwrap().to_owned()
         };
         others.map(address).collect()

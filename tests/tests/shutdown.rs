@@ -1,11 +1,7 @@
 //! SIGTERM: what was accepted, and what stands in FIFOs, pipes and sockets, is sent first.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -29,10 +25,7 @@ fn everything_written_to_a_fifo_before_sigterm_is_sent_in_order() {
         let sink = TcpSink::start();
         sink.answer_each(b"?");
         let mut broker = Broker::start(&[format!("logs={}", sink.url())]);
-        let mut fifo = File::options()
-            .write(true)
-            .open(broker.fifo("logs"))
-            .unwrap();
+        let mut fifo = File::options().write(true).open(broker.fifo("logs")).unwrap();
         let count = 20_000 + round;
         for number in 0..count {
             fifo.write_all(format!("{number}\n").as_bytes()).unwrap();
@@ -41,14 +34,8 @@ fn everything_written_to_a_fifo_before_sigterm_is_sent_in_order() {
         let arrived = sink.wait_for(count).into_iter();
         let written = (0..count).map(|number| number.to_string().into_bytes());
         assert!(arrived.eq(written), "order or content changed");
-        wait_for("the connection ends", || {
-            (sink.connections_open() == 0).then_some(())
-        });
-        assert_eq!(
-            sink.connections_reset(),
-            0,
-            "unread answers must not cause a reset"
-        );
+        wait_for("the connection ends", || (sink.connections_open() == 0).then_some(()));
+        assert_eq!(sink.connections_reset(), 0, "unread answers must not cause a reset");
     }
 }
 
@@ -56,10 +43,8 @@ fn everything_written_to_a_fifo_before_sigterm_is_sent_in_order() {
 fn everything_in_sockets_and_pipes_before_sigterm_is_sent_in_order() {
     const COUNT: usize = 5000;
     let (by_socket, by_pipe) = (TcpSink::start(), TcpSink::start());
-    let mut broker = Broker::start(&[
-        format!("socket={}", by_socket.url()),
-        format!("pipe={}", by_pipe.url()),
-    ]);
+    let mut broker =
+        Broker::start(&[format!("socket={}", by_socket.url()), format!("pipe={}", by_pipe.url())]);
     let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
     let (socket, pipe) = (client.open("socket"), client.open("pipe"));
     let (reader, mut writer) = io::pipe().unwrap();
@@ -75,22 +60,13 @@ fn everything_in_sockets_and_pipes_before_sigterm_is_sent_in_order() {
         let written = (0..COUNT).map(|number| number.to_string().into_bytes());
         assert!(arrived.eq(written), "order or content changed");
     }
-    let last = client
-        .until_closed()
-        .pop()
-        .expect("the broker says goodbye");
+    let last = client.until_closed().pop().expect("the broker says goodbye");
     match last.control() {
         BrokerMessage::Goodbye { reason, upstreams } => {
-            assert!(
-                [Reason::ShuttingDown, Reason::Drained].contains(&reason),
-                "{reason:?}"
-            );
+            assert!([Reason::ShuttingDown, Reason::Drained].contains(&reason), "{reason:?}");
             let own = upstreams.iter().find(|(handle, _)| *handle == socket);
             let (_, outcomes) = own.expect("the upstream that was used is named");
-            assert_eq!(
-                (outcomes.accepted, outcomes.sent),
-                (COUNT as u64, COUNT as u64)
-            );
+            assert_eq!((outcomes.accepted, outcomes.sent), (COUNT as u64, COUNT as u64));
         }
         other => panic!("the broker did not say goodbye but {other:?}"),
     }
@@ -114,10 +90,7 @@ fn what_goodbye_calls_taken_was_sent_and_the_rest_was_not() {
         broker.terminate()
     });
     assert_eq!(exit.code(), Some(0), "{}", broker.stderr());
-    let last = client
-        .until_closed()
-        .pop()
-        .expect("the broker says goodbye");
+    let last = client.until_closed().pop().expect("the broker says goodbye");
     let BrokerMessage::Goodbye { upstreams, .. } = last.control() else {
         panic!("the broker did not say goodbye but {last:?}");
     };
@@ -135,10 +108,7 @@ fn everything_for_udp_is_sent_before_the_end() {
     for _ in 0..10 {
         let sink = UdpSink::answering(1);
         let mut broker = Broker::start(&[format!("metrics={}", sink.url_write_only())]);
-        let mut fifo = File::options()
-            .write(true)
-            .open(broker.fifo("metrics"))
-            .unwrap();
+        let mut fifo = File::options().write(true).open(broker.fifo("metrics")).unwrap();
         for number in 0..COUNT {
             fifo.write_all(format!("{number}\n").as_bytes()).unwrap();
         }
@@ -213,10 +183,7 @@ fn an_idle_broker_ends_at_once_and_leaves_nothing_that_looks_alive() {
     assert_eq!(broker.terminate().code(), Some(0), "{}", broker.stderr());
     for socket in ["broker.sock", "admin.sock"] {
         let path = broker.runtime_dir().join(socket);
-        assert!(
-            std::os::unix::net::UnixStream::connect(&path).is_err(),
-            "{path:?}"
-        );
+        assert!(std::os::unix::net::UnixStream::connect(&path).is_err(), "{path:?}");
     }
     broker.restart();
     assert_eq!(broker.terminate().code(), Some(0), "{}", broker.stderr());
@@ -232,10 +199,7 @@ fn stuck(sink: &TcpSink, limits: &str) -> (Broker, RawClient) {
     let broker = Broker::builder().config(&config).start();
     let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
     let handle = client.open("logs");
-    let header = FrameHeader {
-        upstream: handle,
-        ..FrameHeader::new(Kind::Send)
-    };
+    let header = FrameHeader { upstream: handle, ..FrameHeader::new(Kind::Send) };
     let message = frame(header, &[b'x'; 60_000]);
     client.socket().set_nonblocking(true).unwrap();
     let mut unsent = Vec::new();

@@ -1,11 +1,7 @@
 //! The rules of the house that a reader of the source relies on, checked by reading the source.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs;
 use std::path::Path;
@@ -15,9 +11,8 @@ use poolbroker_tests::binary::workspace_root;
 const CRATES: [&str; 5] = ["broker", "client-lib", "proto", "tests", "examples"];
 
 /// Files of the broker that decide and never do: no sockets, no clock, no payload.
-const PURE_FILES: [&str; 8] = [
-    "pool", "balance", "inflight", "outbox", "session", "quota", "timers", "stats",
-];
+const PURE_FILES: [&str; 8] =
+    ["pool", "balance", "inflight", "outbox", "session", "quota", "timers", "stats"];
 
 /// What brings I/O into a file; addresses of std::net are data.
 const IO_WORDS: [&str; 11] = [
@@ -51,16 +46,10 @@ const RULES: [(&str, Rule); 9] = [
     ("a file opens with a //! header", header_is_missing),
     ("a file has at most 1,400 lines", too_long),
     ("a file is named after its noun", named_after_nothing),
-    (
-        "only shard, control and the commands read the clock",
-        clock_reads,
-    ),
+    ("only shard, control and the commands read the clock", clock_reads),
     ("only proto/src/message.rs names bincode", bincode_names),
     ("pure files import no I/O", io_in_pure_files),
-    (
-        "unsafe stands in two files, each time with its reason",
-        unsafe_code,
-    ),
+    ("unsafe stands in two files, each time with its reason", unsafe_code),
     ("channels are bounded", unbounded_channels),
     ("nothing is left to do later", things_left_to_do),
 ];
@@ -84,59 +73,20 @@ fn each_rule_finds_what_it_forbids() {
     let long = format!("//! A header.\n{}", "\n".repeat(LINES_MAX));
     let late = concat!("//! A header.\n// TO", "DO: later\n");
     for (rule, path, text) in [
-        (
-            header_is_missing as Rule,
-            "broker/src/pool.rs",
-            "fn main() {}\n",
-        ),
+        (header_is_missing as Rule, "broker/src/pool.rs", "fn main() {}\n"),
         (too_long, "broker/src/pool.rs", &long),
         (named_after_nothing, "proto/src/utils.rs", "//! A header.\n"),
-        (
-            clock_reads,
-            "broker/src/pool.rs",
-            "let now = Instant::now();\n",
-        ),
-        (
-            clock_reads,
-            "broker/src/session.rs",
-            "let now = std::time::SystemTime::now();\n",
-        ),
-        (
-            bincode_names,
-            "proto/src/frame.rs",
-            "let body = bincode::encode(x);\n",
-        ),
-        (
-            io_in_pure_files,
-            "broker/src/quota.rs",
-            "use nix::unistd::Uid;\n",
-        ),
-        (
-            io_in_pure_files,
-            "broker/src/pool.rs",
-            "use std::net::TcpStream;\n",
-        ),
-        (
-            unsafe_code,
-            "broker/src/shard.rs",
-            "// SAFETY: no.\nunsafe { x() }\n",
-        ),
-        (
-            unsafe_code,
-            "broker/src/upstream/sockopt.rs",
-            "\nunsafe { x() }\n",
-        ),
-        (
-            unbounded_channels,
-            "broker/src/control.rs",
-            "let (a, b) = unbounded();\n",
-        ),
+        (clock_reads, "broker/src/pool.rs", "let now = Instant::now();\n"),
+        (clock_reads, "broker/src/session.rs", "let now = std::time::SystemTime::now();\n"),
+        (bincode_names, "proto/src/frame.rs", "let body = bincode::encode(x);\n"),
+        (io_in_pure_files, "broker/src/quota.rs", "use nix::unistd::Uid;\n"),
+        (io_in_pure_files, "broker/src/pool.rs", "use std::net::TcpStream;\n"),
+        (unsafe_code, "broker/src/shard.rs", "// SAFETY: no.\nunsafe { x() }\n"),
+        (unsafe_code, "broker/src/upstream/sockopt.rs", "\nunsafe { x() }\n"),
+        (unbounded_channels, "broker/src/control.rs", "let (a, b) = unbounded();\n"),
         (things_left_to_do, "broker/src/pool.rs", late),
     ] {
-        let source = Source {
-            path: path.to_owned(),
-            text: text.to_owned(),
-        };
+        let source = Source { path: path.to_owned(), text: text.to_owned() };
         assert_eq!(rule(&source).len(), 1, "{path}: {text}");
     }
 }
@@ -144,39 +94,18 @@ fn each_rule_finds_what_it_forbids() {
 #[test]
 fn what_the_rules_allow_passes() {
     for (path, text) in [
-        (
-            "broker/src/shard.rs",
-            "//! A header.\nlet now = Instant::now();\n",
-        ),
-        (
-            "broker/src/cli/demo.rs",
-            "//! A header.\nlet now = Instant::now();\n",
-        ),
-        (
-            "broker/src/pool.rs",
-            "//! H.\n#[cfg(test)]\nmod tests {\nInstant::now()\n}\n",
-        ),
-        (
-            "broker/src/pool.rs",
-            "//! Says nothing of Instant::now() but this.\n",
-        ),
+        ("broker/src/shard.rs", "//! A header.\nlet now = Instant::now();\n"),
+        ("broker/src/cli/demo.rs", "//! A header.\nlet now = Instant::now();\n"),
+        ("broker/src/pool.rs", "//! H.\n#[cfg(test)]\nmod tests {\nInstant::now()\n}\n"),
+        ("broker/src/pool.rs", "//! Says nothing of Instant::now() but this.\n"),
         (
             "broker/src/upstream/sockopt.rs",
             "//! A header.\n// SAFETY: the pointer is valid\n// for that long.\nunsafe { x() }\n",
         ),
-        (
-            "proto/src/message.rs",
-            "//! A header.\nlet body = bincode::encode(x);\n",
-        ),
-        (
-            "broker/src/lib.rs",
-            "//! A header.\n#![deny(unsafe_code)]\n",
-        ),
+        ("proto/src/message.rs", "//! A header.\nlet body = bincode::encode(x);\n"),
+        ("broker/src/lib.rs", "//! A header.\n#![deny(unsafe_code)]\n"),
     ] {
-        let source = Source {
-            path: path.to_owned(),
-            text: text.to_owned(),
-        };
+        let source = Source { path: path.to_owned(), text: text.to_owned() };
         for (name, rule) in RULES {
             assert_eq!(rule(&source), Vec::<String>::new(), "{name}: {text}");
         }
@@ -185,11 +114,7 @@ fn what_the_rules_allow_passes() {
 
 #[test]
 fn crates_without_unsafe_forbid_it() {
-    for root in [
-        "client-lib/src/lib.rs",
-        "tests/src/lib.rs",
-        "examples/src/lib.rs",
-    ] {
+    for root in ["client-lib/src/lib.rs", "tests/src/lib.rs", "examples/src/lib.rs"] {
         let path = workspace_root().join(root);
         if let Ok(text) = fs::read_to_string(&path) {
             assert!(text.contains("#![forbid(unsafe_code)]"), "{root}");
@@ -229,9 +154,7 @@ fn every_example_says_what_it_shows_and_how_to_run_it() {
 }
 
 fn sources() -> Vec<Source> {
-    let all = CRATES
-        .iter()
-        .flat_map(|name| files_below(&workspace_root().join(name)));
+    let all = CRATES.iter().flat_map(|name| files_below(&workspace_root().join(name)));
     let rust = all.filter(|(path, _)| path.ends_with(".rs"));
     rust.map(|(path, text)| Source { path, text }).collect()
 }
@@ -266,9 +189,7 @@ fn too_long(source: &Source) -> Vec<String> {
 
 fn named_after_nothing(source: &Source) -> Vec<String> {
     let stem = Path::new(&source.path).file_stem().unwrap();
-    let empty = [
-        "utils", "util", "common", "types", "traits", "helpers", "misc",
-    ];
+    let empty = ["utils", "util", "common", "types", "traits", "helpers", "misc"];
     match empty.iter().any(|name| stem == *name) {
         true => vec![source.path.clone()],
         false => Vec::new(),
@@ -280,10 +201,7 @@ fn clock_reads(source: &Source) -> Vec<String> {
     if !source.path.starts_with("broker/src/") || may.iter().any(|at| source.path.starts_with(at)) {
         return Vec::new();
     }
-    lines_with(
-        source,
-        &["Instant::now", "SystemTime", "clock_gettime", ".elapsed()"],
-    )
+    lines_with(source, &["Instant::now", "SystemTime", "clock_gettime", ".elapsed()"])
 }
 
 fn bincode_names(source: &Source) -> Vec<String> {
@@ -334,11 +252,7 @@ fn unbounded_channels(source: &Source) -> Vec<String> {
 }
 
 fn things_left_to_do(source: &Source) -> Vec<String> {
-    let words = [
-        concat!("TO", "DO"),
-        concat!("FIX", "ME"),
-        concat!("XX", "X:"),
-    ];
+    let words = [concat!("TO", "DO"), concat!("FIX", "ME"), concat!("XX", "X:")];
     let lines = source.text.lines().enumerate();
     lines
         .filter(|(_, line)| words.iter().any(|word| line.contains(word)))

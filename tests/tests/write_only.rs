@@ -1,11 +1,7 @@
 //! Write-only UDP: what comes back is discarded, counted, and costs nothing.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use poolbroker_proto::message::Retry;
 use poolbroker_proto::reason::Reason;
@@ -55,23 +51,12 @@ fn a_request_is_refused_by_name() {
     let failure = client.request(handle, 0, b"?").failure();
     assert_eq!(failure.reason, Reason::WriteOnly, "{failure:?}");
     assert_eq!(failure.retry, Retry::NotSent);
-    let output = broker
-        .command("request")
-        .args(["metrics", "?"])
-        .output()
-        .unwrap();
+    let output = broker.command("request").args(["metrics", "?"]).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        stderr.contains("metrics") && stderr.contains("write-only"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("metrics") && stderr.contains("write-only"), "{stderr}");
     client.send(handle, b"last");
-    assert_eq!(
-        sink.wait_for(1),
-        [b"last"],
-        "nothing of the requests was sent"
-    );
+    assert_eq!(sink.wait_for(1), [b"last"], "nothing of the requests was sent");
 }
 
 #[test]
@@ -171,13 +156,8 @@ fn a_plain_udp_upstream_takes_sends_too() {
     }
     assert_eq!(sink.wait_for(10).len(), 10);
     // The answers to the sends wait nowhere to be taken for this one.
-    assert_eq!(
-        ask(broker.runtime_dir(), "plain", b"question").reply(),
-        b"question"
-    );
-    broker.wait_until_upstream("plain", |upstream| {
-        total(upstream, "replies_discarded") == 10
-    });
+    assert_eq!(ask(broker.runtime_dir(), "plain", b"question").reply(), b"question");
+    broker.wait_until_upstream("plain", |upstream| total(upstream, "replies_discarded") == 10);
 }
 
 fn start(sink: &UdpSink) -> (Broker, RawClient, u16) {

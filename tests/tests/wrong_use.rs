@@ -4,11 +4,7 @@
 //! themselves is tested beside them, in broker/tests/command_line.rs.
 
 #![forbid(unsafe_code)]
-#![allow(
-    clippy::panic,
-    clippy::unwrap_used,
-    reason = "a failed step fails the test"
-)]
+#![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -29,38 +25,23 @@ const NOBODY: u32 = 65_534;
 #[test]
 fn an_unknown_upstream_is_named_and_the_known_ones_listed() {
     let (_sink, broker) = broker();
-    for args in [
-        &["send", "metrix", "x"][..],
-        &["request", "metrix", "x"],
-        &["pipe", "metrix"],
-    ] {
+    for args in [&["send", "metrix", "x"][..], &["request", "metrix", "x"], &["pipe", "metrix"]] {
         let output = broker.command(args[0]).args(&args[1..]).output().unwrap();
-        expect(
-            &output,
-            FAILED,
-            &["unknown upstream \"metrix\"", "there are: metrics"],
-        );
+        expect(&output, FAILED, &["unknown upstream \"metrix\"", "there are: metrics"]);
     }
 }
 
 #[test]
 fn a_request_to_a_write_only_upstream_is_explained() {
     let (_sink, broker) = broker();
-    let output = broker
-        .command("request")
-        .args(["metrics", "x"])
-        .output()
-        .unwrap();
+    let output = broker.command("request").args(["metrics", "x"]).output().unwrap();
     expect(&output, FAILED, &["metrics", "write-only"]);
 }
 
 #[test]
 fn a_user_without_permission_is_told_which_file_is_closed_to_him() {
     let (_sink, broker) = broker();
-    let (program, args) = (
-        poolbroker_binary(),
-        ["send", "metrics", "x", "--runtime-dir"],
-    );
+    let (program, args) = (poolbroker_binary(), ["send", "metrics", "x", "--runtime-dir"]);
     let place = tempfile::tempdir_in("/tmp").unwrap();
     let mut command = match rustix::process::geteuid().is_root() {
         true => {
@@ -78,17 +59,9 @@ fn a_user_without_permission_is_told_which_file_is_closed_to_him() {
             Command::new(program)
         }
     };
-    let output = command
-        .args(args)
-        .arg(broker.runtime_dir())
-        .output()
-        .unwrap();
+    let output = command.args(args).arg(broker.runtime_dir()).output().unwrap();
     let socket = broker.runtime_dir().join("broker.sock");
-    expect(
-        &output,
-        FAILED,
-        &[socket.to_str().unwrap(), "may not connect"],
-    );
+    expect(&output, FAILED, &[socket.to_str().unwrap(), "may not connect"]);
 }
 
 #[test]
@@ -125,11 +98,7 @@ fn a_directory_that_cannot_be_made_is_named() {
 fn no_colour_reaches_a_file() {
     let echo = TcpEcho::start();
     let broker = Broker::start(&[format!("echo={}", echo.url())]);
-    for args in [
-        &["status"][..],
-        &["request", "echo", "x"],
-        &["send", "nope", "x"],
-    ] {
+    for args in [&["status"][..], &["request", "echo", "x"], &["send", "nope", "x"]] {
         let output = broker.command(args[0]).args(&args[1..]).output().unwrap();
         let said = [output.stdout, output.stderr].concat();
         assert!(!said.is_empty() && !said.contains(&0x1b), "{args:?}");

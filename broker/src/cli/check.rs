@@ -42,12 +42,7 @@ fn describe(config: &Config, colour: bool) -> String {
         let values = upstream.limits.values();
         text.push_str(&limits(UpstreamLimits::TABLE, &values).render(colour));
     }
-    let networks: Vec<_> = config
-        .dynamic
-        .allow
-        .iter()
-        .map(ToString::to_string)
-        .collect();
+    let networks: Vec<_> = config.dynamic.allow.iter().map(ToString::to_string).collect();
     let networks = match networks.is_empty() {
         true => "none".into(),
         false => networks.join(", "),
@@ -67,17 +62,10 @@ fn section(text: &mut String, title: &str) {
 
 fn upstream_title(upstream: &UpstreamConfig) -> String {
     let fifo = match &upstream.fifo {
-        Some(fifo) => format!(
-            "fifo {} {}",
-            access(fifo.mode, fifo.group.as_deref()),
-            fifo.framing
-        ),
+        Some(fifo) => format!("fifo {} {}", access(fifo.mode, fifo.group.as_deref()), fifo.framing),
         None => "no fifo".into(),
     };
-    format!(
-        "[upstream.{}] {}, overflow {}, {fifo}",
-        upstream.name, upstream.url, upstream.overflow
-    )
+    format!("[upstream.{}] {}, overflow {}, {fifo}", upstream.name, upstream.url, upstream.overflow)
 }
 
 fn access(mode: u32, group: Option<&str>) -> String {
@@ -91,17 +79,8 @@ fn limits(rows: &[LimitRow], values: &[String]) -> Table {
     let mut table = Table::new(&["  LIMIT", "VALUE", "UNIT", "DEFAULT"]);
     for (row, value) in rows.iter().zip(values) {
         let default = (row.default)();
-        let default = if default == *value {
-            ""
-        } else {
-            default.as_str()
-        };
-        table.push(vec![
-            format!("  {}", row.name),
-            value.clone(),
-            row.unit.into(),
-            default.into(),
-        ]);
+        let default = if default == *value { "" } else { default.as_str() };
+        table.push(vec![format!("  {}", row.name), value.clone(), row.unit.into(), default.into()]);
     }
     table
 }
@@ -122,14 +101,8 @@ mod tests {
         }
         let words = |line: &str| line.split_whitespace().collect::<Vec<_>>().join(" ");
         let lines: Vec<_> = shown.lines().map(words).collect();
-        assert!(
-            lines.contains(&"connections_max 3 connections 8".to_owned()),
-            "{shown}"
-        );
-        assert!(
-            lines.contains(&"waiters_max 1024 requests".to_owned()),
-            "{shown}"
-        );
+        assert!(lines.contains(&"connections_max 3 connections 8".to_owned()), "{shown}");
+        assert!(lines.contains(&"waiters_max 1024 requests".to_owned()), "{shown}");
         assert_eq!(
             lines[0],
             "[upstream.cache] tcp://127.0.0.1:6379, overflow block, fifo 0600 lines"

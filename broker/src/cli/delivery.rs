@@ -118,10 +118,7 @@ impl<'a> Delivery<'a> {
             let handed_over = self.chunk.handed_over as u64;
             let kept = self.chunk.ends.len() as u64 - handed_over;
             if handed_over > 0 {
-                complain(&format!(
-                    "{name}: {} without an outcome yet",
-                    messages(handed_over)
-                ));
+                complain(&format!("{name}: {} without an outcome yet", messages(handed_over)));
             }
             if kept > 0 {
                 complain(&format!("{name}: {} not sent", messages(kept)));
@@ -145,18 +142,14 @@ impl<'a> Delivery<'a> {
                 handed_over
             }
         };
-        self.chunk
-            .drop_first(usize::try_from(taken).unwrap_or(usize::MAX));
+        self.chunk.drop_first(usize::try_from(taken).unwrap_or(usize::MAX));
         self.chunk.handed_over = 0;
         self.handed_over_before = 0;
         // A session that was ended for another reason would end the same way again.
         if let Some(reason) = reason.filter(|reason| !is_shutdown(*reason)) {
             return Err(CommandError {
                 exit: Exit::of_reason(reason),
-                text: format!(
-                    "{}: the broker ended the session: {reason}",
-                    upstream.name()
-                ),
+                text: format!("{}: the broker ended the session: {reason}", upstream.name()),
             });
         }
         self.link.reopen()?;
@@ -260,10 +253,7 @@ mod tests {
                 let mut fds = [PollFd::new(&listener, PollFlags::IN)];
                 let patience = Timespec::try_from(Duration::from_secs(20)).unwrap();
                 let connected = poll(&mut fds, Some(&patience)).unwrap();
-                assert_eq!(
-                    connected, 1,
-                    "the delivery does not look for the next broker"
-                );
+                assert_eq!(connected, 1, "the delivery does not look for the next broker");
                 serve(listener.accept().unwrap().0, life)
             };
             lives.into_iter().map(live).collect()
@@ -278,20 +268,15 @@ mod tests {
                 let mut outcomes = Outcomes::default();
                 (outcomes.accepted, outcomes.sent) = (taken.len() as u64, taken.len() as u64);
                 let answer = match frame.header.kind {
-                    Kind::Hello => Some(BrokerMessage::Welcome {
-                        session: 1,
-                        requests_in_flight_max: 1,
-                    }),
+                    Kind::Hello => {
+                        Some(BrokerMessage::Welcome { session: 1, requests_in_flight_max: 1 })
+                    }
                     Kind::Send if taken.len() as u64 == life.takes => match life.end {
                         End::Serve => panic!("more messages than the test expects"),
                         End::Crash => return taken,
                         End::Goodbye(reason) => {
                             let upstreams = vec![(0, outcomes)];
-                            tell(
-                                &mut socket,
-                                0,
-                                &BrokerMessage::Goodbye { reason, upstreams },
-                            );
+                            tell(&mut socket, 0, &BrokerMessage::Goodbye { reason, upstreams });
                             return taken;
                         }
                     },
@@ -321,14 +306,9 @@ mod tests {
     }
 
     fn tell(socket: &mut UnixStream, correlation: u64, message: &BrokerMessage) {
-        let header = FrameHeader {
-            correlation,
-            ..FrameHeader::new(Kind::Control)
-        };
+        let header = FrameHeader { correlation, ..FrameHeader::new(Kind::Control) };
         let mut bytes = Vec::new();
-        header
-            .append(&encode(message).unwrap(), &mut bytes)
-            .unwrap();
+        header.append(&encode(message).unwrap(), &mut bytes).unwrap();
         socket.write_all(&bytes).unwrap();
     }
 
@@ -339,9 +319,7 @@ mod tests {
         let brokers = brokers(&dir, lives);
         let link = Link::open(&dir, "echo", Duration::from_secs(60)).unwrap();
         let mut delivery = Delivery::new(link);
-        let pushed = numbers(0..count)
-            .iter()
-            .try_for_each(|text| delivery.push(text.as_bytes()));
+        let pushed = numbers(0..count).iter().try_for_each(|text| delivery.push(text.as_bytes()));
         let stopped = pushed.and_then(|()| delivery.settle());
         let exit = delivery.finish(stopped);
         (exit, brokers.join().unwrap())
@@ -355,33 +333,19 @@ mod tests {
 
     #[test]
     fn what_a_broker_had_not_taken_goes_to_the_next_in_order_and_only_once() {
-        let lives = [
-            (3, SHUT_DOWN),
-            (0, SHUT_DOWN),
-            (4, SHUT_DOWN),
-            (3, End::Serve),
-        ];
+        let lives = [(3, SHUT_DOWN), (0, SHUT_DOWN), (4, SHUT_DOWN), (3, End::Serve)];
         let lives = lives.map(|(takes, end)| Life { takes, end });
         let (exit, taken) = deliver(10, lives.to_vec());
-        assert_eq!(
-            taken,
-            [numbers(0..3), numbers(0..0), numbers(3..7), numbers(7..10)]
-        );
+        assert_eq!(taken, [numbers(0..3), numbers(0..0), numbers(3..7), numbers(7..10)]);
         assert_eq!(exit, Exit::Done);
     }
 
     #[test]
     fn what_a_crashed_broker_was_handed_is_in_doubt_and_not_repeated() {
-        let crashes = Life {
-            takes: 3,
-            end: End::Crash,
-        };
+        let crashes = Life { takes: 3, end: End::Crash };
         let home = tempfile::tempdir().unwrap();
         let dir = RuntimeDir::resolve(Some(home.path())).unwrap();
-        let next = Life {
-            takes: 1,
-            end: End::Serve,
-        };
+        let next = Life { takes: 1, end: End::Serve };
         let brokers = brokers(&dir, vec![crashes, next]);
         let mut delivery =
             Delivery::new(Link::open(&dir, "echo", Duration::from_secs(60)).unwrap());
@@ -393,10 +357,7 @@ mod tests {
         let stopped = delivery.settle();
         assert_eq!(delivery.lost_sight_of, 10);
         assert_eq!(delivery.finish(stopped), Exit::InDoubt);
-        assert_eq!(
-            brokers.join().unwrap(),
-            [numbers(0..3), vec!["later".to_owned()]]
-        );
+        assert_eq!(brokers.join().unwrap(), [numbers(0..3), vec!["later".to_owned()]]);
     }
 
     #[test]
@@ -418,10 +379,7 @@ mod tests {
             delivery.push(message).unwrap();
         }
         let stopped = delivery.settle();
-        assert_eq!(
-            delivery.outcomes.refused,
-            [(Reason::Empty, 1), (Reason::TooLong, 1)]
-        );
+        assert_eq!(delivery.outcomes.refused, [(Reason::Empty, 1), (Reason::TooLong, 1)]);
         assert_eq!(delivery.outcomes.sent, 2);
         assert_eq!(delivery.finish(stopped), Exit::Failed);
         assert_eq!(brokers.join().unwrap(), [["a", "b"]]);
@@ -436,10 +394,7 @@ mod tests {
     }
 
     fn rest(chunk: &Chunk) -> Vec<&str> {
-        chunk
-            .rest()
-            .map(|message| std::str::from_utf8(message).unwrap())
-            .collect()
+        chunk.rest().map(|message| std::str::from_utf8(message).unwrap()).collect()
     }
 
     #[test]
@@ -475,10 +430,7 @@ mod tests {
         };
         let mut sum = one();
         merge(&mut sum, one());
-        assert_eq!(
-            (sum.accepted, sum.sent, sum.expired, sum.in_doubt),
-            (10, 4, 2, 2)
-        );
+        assert_eq!((sum.accepted, sum.sent, sum.expired, sum.in_doubt), (10, 4, 2, 2));
         assert_eq!(sum.dropped, [(Reason::TooBig, 2), (Reason::QueueFull, 2)]);
         assert_eq!(sum.refused, [(Reason::TooLong, 2)]);
     }

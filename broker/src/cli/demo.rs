@@ -93,12 +93,7 @@ const fn scene(
     kind: Kind,
     hand_over: fn(&Stage, &Upstream) -> Result<(), CommandError>,
 ) -> Scene {
-    Scene {
-        transport,
-        upstream,
-        kind,
-        hand_over,
-    }
+    Scene { transport, upstream, kind, hand_over }
 }
 
 const TCP: &str = "tcp";
@@ -111,47 +106,17 @@ const SCENES: &[Scene] = &[
     scene("client socket", WRITE_ONLY, Kind::OneWay, Stage::send),
     scene("client socket", TCP, Kind::Request, Stage::request),
     scene("client socket", UDP, Kind::Request, Stage::request),
-    scene(
-        "socketpair",
-        TCP,
-        Kind::Request,
-        Stage::request_by_socketpair,
-    ),
-    scene(
-        "socketpair",
-        UDP,
-        Kind::Request,
-        Stage::request_by_socketpair,
-    ),
+    scene("socketpair", TCP, Kind::Request, Stage::request_by_socketpair),
+    scene("socketpair", UDP, Kind::Request, Stage::request_by_socketpair),
     scene("pipe", TCP, Kind::OneWay, Stage::write_pipe),
     scene("pipe", UDP, Kind::OneWay, Stage::write_pipe),
     scene("pipe", WRITE_ONLY, Kind::OneWay, Stage::write_pipe),
-    scene(
-        "seq | poolbroker pipe",
-        TCP,
-        Kind::OneWay,
-        Stage::pipe_from_shell,
-    ),
-    scene(
-        "seq | poolbroker pipe",
-        UDP,
-        Kind::OneWay,
-        Stage::pipe_from_shell,
-    ),
-    scene(
-        "seq | poolbroker pipe",
-        WRITE_ONLY,
-        Kind::OneWay,
-        Stage::pipe_from_shell,
-    ),
+    scene("seq | poolbroker pipe", TCP, Kind::OneWay, Stage::pipe_from_shell),
+    scene("seq | poolbroker pipe", UDP, Kind::OneWay, Stage::pipe_from_shell),
+    scene("seq | poolbroker pipe", WRITE_ONLY, Kind::OneWay, Stage::pipe_from_shell),
     scene("echo > FIFO", TCP, Kind::OneWay, Stage::echo_from_shell),
     scene("echo > FIFO", UDP, Kind::OneWay, Stage::echo_from_shell),
-    scene(
-        "echo > FIFO",
-        WRITE_ONLY,
-        Kind::OneWay,
-        Stage::echo_from_shell,
-    ),
+    scene("echo > FIFO", WRITE_ONLY, Kind::OneWay, Stage::echo_from_shell),
 ];
 
 /// What one scene moved.
@@ -191,9 +156,7 @@ impl Figures {
             Kind::Request => self.replied,
         };
         let all = self.handed_over;
-        let agrees = [self.accepted, ended, self.answered]
-            .iter()
-            .all(|count| *count == all);
+        let agrees = [self.accepted, ended, self.answered].iter().all(|count| *count == all);
         let discards_agree = scene.upstream != WRITE_ONLY || self.discarded == all;
         (!agrees || !discards_agree).then(|| {
             format!(
@@ -221,26 +184,17 @@ impl Stage {
         ];
         let broker = Broker::start(&peers)?;
         let client = broker.connect()?;
-        Ok(Stage {
-            broker,
-            client,
-            peers,
-        })
+        Ok(Stage { broker, client, peers })
     }
 
     fn peer(&self, upstream: &str) -> &Peer {
         let found = self.peers.iter().find(|(name, _)| *name == upstream);
-        &found
-            .expect("every scene names one of the three upstreams")
-            .1
+        &found.expect("every scene names one of the three upstreams").1
     }
 
     fn counters(&self, upstream: &str) -> Result<UpstreamReport, CommandError> {
         let report = Report::parse(&fetch(&self.broker.runtime_dir)?)?;
-        let found = report
-            .upstreams
-            .into_iter()
-            .find(|report| report.name == upstream);
+        let found = report.upstreams.into_iter().find(|report| report.name == upstream);
         found.ok_or_else(|| CommandError::failed(format!("status does not show {upstream:?}")))
     }
 
@@ -299,16 +253,12 @@ impl Stage {
     fn request_by_socketpair(&self, upstream: &Upstream) -> Result<(), CommandError> {
         let (stream, attached) = upstream.socketpair()?;
         let failed = io_failed("the socketpair");
-        stream
-            .set_read_timeout(Some(DEMO_TIMEOUT))
-            .map_err(&failed)?;
+        stream.set_read_timeout(Some(DEMO_TIMEOUT)).map_err(&failed)?;
         let (mut writer, mut reader) = (&stream, BufReader::new(&stream));
         let mut reply = Vec::new();
         for number in 0..DEMO_BATCH_MESSAGES {
             let body = format!("request {number}");
-            writer
-                .write_all(format!("{body}\n").as_bytes())
-                .map_err(&failed)?;
+            writer.write_all(format!("{body}\n").as_bytes()).map_err(&failed)?;
             reply.clear();
             reader.read_until(b'\n', &mut reply).map_err(&failed)?;
             is_the_answer(reply.strip_suffix(b"\n").unwrap_or(&reply), &body)?;
@@ -322,9 +272,7 @@ impl Stage {
         let (mut writer, attached) = upstream.pipe()?;
         for number in 0..DEMO_BATCH_MESSAGES {
             let line = format!("pipe:{number}|c\n");
-            writer
-                .write_all(line.as_bytes())
-                .map_err(io_failed("the pipe"))?;
+            writer.write_all(line.as_bytes()).map_err(io_failed("the pipe"))?;
         }
         drop(writer);
         attached.wait(DEMO_TIMEOUT)?;
@@ -349,10 +297,7 @@ impl Stage {
         let script =
             "i=0; while [ $i -lt \"$1\" ]; do echo \"echo:$i|c\" > \"$2\"; i=$((i+1)); done";
         let fifo = self.broker.runtime_dir.fifo(upstream.name());
-        shell(
-            script,
-            &[DEMO_BATCH_MESSAGES.to_string().as_ref(), fifo.as_os_str()],
-        )
+        shell(script, &[DEMO_BATCH_MESSAGES.to_string().as_ref(), fifo.as_os_str()])
     }
 
     /// The reason for write-only: a socket that nobody reads, beside those of the pool, after the
@@ -368,9 +313,7 @@ impl Stage {
         while sent < pool.replies_discarded {
             let batch = DEMO_BATCH_MESSAGES.min(pool.replies_discarded - sent);
             for number in sent..sent + batch {
-                plain
-                    .send(format!("plain:{number}|c").as_bytes())
-                    .map_err(&failed)?;
+                plain.send(format!("plain:{number}|c").as_bytes()).map_err(&failed)?;
             }
             sent += batch;
             wait_until(|| Ok(peer.answered() - before >= sent))?;
@@ -381,11 +324,7 @@ impl Stage {
         let pool_bytes = unread_bytes(&pool_sockets)?;
         let mut table = Table::new(&["AFTER THE SAME REPLIES", "REPLIES", "KERNEL MEMORY HELD"]);
         let row = |what: &str, replies: u64, bytes: u64| {
-            vec![
-                what.to_owned(),
-                replies.to_string(),
-                format!("{bytes} bytes"),
-            ]
+            vec![what.to_owned(), replies.to_string(), format!("{bytes} bytes")]
         };
         table.push(row("a UDP socket that nobody reads", sent, plain_bytes));
         let what = format!("write-only sockets of the pool ({})", pool_sockets.len());
@@ -416,29 +355,19 @@ struct Broker {
 
 impl Broker {
     fn start(peers: &[(&str, Peer)]) -> Result<Self, CommandError> {
-        let home = tempfile::Builder::new()
-            .prefix("poolbroker-demo-")
-            .tempdir();
+        let home = tempfile::Builder::new().prefix("poolbroker-demo-").tempdir();
         let home = home.map_err(io_failed("a temporary directory"))?;
         let runtime_dir = RuntimeDir::resolve(Some(home.path()));
         let runtime_dir = runtime_dir.map_err(|error| CommandError::failed(error.to_string()))?;
         let executable = std::env::current_exe().map_err(io_failed("this program's own path"))?;
         let mut command = Command::new(&executable);
-        command
-            .arg("--runtime-dir")
-            .arg(home.path())
-            .args(["serve", "--log", "warn"]);
+        command.arg("--runtime-dir").arg(home.path()).args(["serve", "--log", "warn"]);
         for (name, peer) in peers {
             let url = format!("{name}={name}://{}", peer.address());
             command.args(["--upstream", &url]);
         }
         let child = command.spawn().map_err(io_failed("the broker"))?;
-        Ok(Broker {
-            child,
-            executable,
-            runtime_dir,
-            _home: home,
-        })
+        Ok(Broker { child, executable, runtime_dir, _home: home })
     }
 
     fn connect(&self) -> Result<Client, CommandError> {
@@ -512,9 +441,7 @@ fn shell(script: &str, arguments: &[&std::ffi::OsStr]) -> Result<(), CommandErro
     let status = command.status().map_err(io_failed("sh"))?;
     match status.success() {
         true => Ok(()),
-        false => Err(CommandError::failed(format!(
-            "sh -c '{script}' ended with {status}"
-        ))),
+        false => Err(CommandError::failed(format!("sh -c '{script}' ended with {status}"))),
     }
 }
 

@@ -75,18 +75,12 @@ pub struct CommandError {
 impl CommandError {
     /// The command line is wrong.
     pub fn usage(text: impl Into<String>) -> Self {
-        CommandError {
-            exit: Exit::Usage,
-            text: text.into(),
-        }
+        CommandError { exit: Exit::Usage, text: text.into() }
     }
 
     /// Something else went wrong.
     pub fn failed(text: impl Into<String>) -> Self {
-        CommandError {
-            exit: Exit::Failed,
-            text: text.into(),
-        }
+        CommandError { exit: Exit::Failed, text: text.into() }
     }
 }
 
@@ -102,10 +96,7 @@ impl From<Error> for CommandError {
             },
             _ => error.reason().map_or(Exit::Failed, Exit::of_reason),
         };
-        CommandError {
-            exit,
-            text: error.to_string(),
-        }
+        CommandError { exit, text: error.to_string() }
     }
 }
 
@@ -116,16 +107,10 @@ pub fn complain(text: &str) {
 
 /// Says which one-way messages did not arrive, and why, one line each.
 pub fn complain_of_outcomes(upstream: &str, outcomes: &Outcomes) {
-    let problems = [
-        ("dropped", &outcomes.dropped),
-        ("refused", &outcomes.refused),
-    ];
+    let problems = [("dropped", &outcomes.dropped), ("refused", &outcomes.refused)];
     for (verb, counts) in problems {
         for (reason, count) in counts.iter().filter(|(_, count)| *count > 0) {
-            complain(&format!(
-                "{upstream}: {} {verb}: {reason}",
-                messages(*count)
-            ));
+            complain(&format!("{upstream}: {} {verb}: {reason}", messages(*count)));
         }
     }
     if outcomes.expired > 0 {
@@ -154,9 +139,9 @@ pub fn messages(count: u64) -> String {
 pub fn print(bytes: &[u8]) -> Result<(), CommandError> {
     let mut stdout = io::stdout().lock();
     match stdout.write_all(bytes).and_then(|()| stdout.flush()) {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(CommandError::failed(
-            format!("standard output cannot be written: {error}"),
-        )),
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(CommandError::failed(format!("standard output cannot be written: {error}")))
+        }
         _ => Ok(()),
     }
 }

@@ -98,10 +98,7 @@ fn open(path: &Path) -> Result<File, CommandError> {
     // Without a reader O_NONBLOCK fails with ENXIO (fifo(7)) where else the open would wait for
     // one; a link that took the place of the FIFO is not followed.
     let flags = (OFlags::NONBLOCK | OFlags::NOFOLLOW).bits().cast_signed();
-    let opened = OpenOptions::new()
-        .write(true)
-        .custom_flags(flags)
-        .open(path);
+    let opened = OpenOptions::new().write(true).custom_flags(flags).open(path);
     let file = opened.map_err(|error| match Errno::from_io_error(&error) {
         Some(Errno::NXIO) => CommandError {
             exit: Exit::NoBroker,
@@ -117,10 +114,7 @@ fn open(path: &Path) -> Result<File, CommandError> {
         Some(Errno::LOOP) => not_a_fifo(path),
         _ => CommandError::failed(format!("{shown} cannot be opened for writing: {error}")),
     })?;
-    match file
-        .metadata()
-        .map(|metadata| metadata.file_type().is_fifo())
-    {
+    match file.metadata().map(|metadata| metadata.file_type().is_fifo()) {
         Ok(true) => Ok(file),
         Ok(false) => Err(not_a_fifo(path)),
         Err(error) => Err(metadata_failed(path, &error)),

@@ -20,11 +20,7 @@ impl<'a> Link<'a> {
     /// Connects to the broker that is there now, and opens `name`. Sends wait up to `timeout` for
     /// room, [`Link::reopen`] as long for a broker.
     pub fn open(dir: &'a RuntimeDir, name: &str, timeout: Duration) -> Result<Self, CommandError> {
-        Ok(Link {
-            dir,
-            timeout,
-            upstream: connect(dir, name, timeout)?,
-        })
+        Ok(Link { dir, timeout, upstream: connect(dir, name, timeout)? })
     }
 
     /// The upstream, in the session with the present broker.

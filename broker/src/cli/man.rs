@@ -59,10 +59,7 @@ fn command_page() -> String {
         page += &format!(".SS EXAMPLES\n.nf\n{}\n.fi\n", escaped(examples));
     }
     let (title, codes) = EXIT_CODES.split_once('\n').unwrap();
-    page += &format!(
-        ".SH \"EXIT STATUS\"\n{title}\n.PP\n.nf\n{}\n.fi\n",
-        escaped(codes)
-    );
+    page += &format!(".SH \"EXIT STATUS\"\n{title}\n.PP\n.nf\n{}\n.fi\n", escaped(codes));
     page += ".SH \"SEE ALSO\"\n\\fBpoolbroker.toml\\fR(5)\n";
     page
 }
@@ -72,8 +69,7 @@ fn rendered(render: impl FnOnce(&mut Vec<u8>) -> std::io::Result<()>) -> String 
     let mut page = Vec::new();
     render(&mut page).unwrap();
     let page = String::from_utf8(page).unwrap();
-    page.replace(".ie \\n(.g .ds Aq \\(aq\n.el .ds Aq '\n", "")
-        .replace("\\*(Aq", "\\(aq")
+    page.replace(".ie \\n(.g .ds Aq \\(aq\n.el .ds Aq '\n", "").replace("\\*(Aq", "\\(aq")
 }
 
 /// The committed page with its list of limits made anew; the prose around it is written by hand.
@@ -99,7 +95,5 @@ const LIMITS_BEGIN: &str = ".\\\" Made from the table of limits: begin\n";
 const LIMITS_END: &str = ".\\\" Made from the table of limits: end\n";
 
 fn escaped(text: &str) -> String {
-    text.replace('\\', "\\e")
-        .replace('-', "\\-")
-        .replace('\'', "\\(aq")
+    text.replace('\\', "\\e").replace('-', "\\-").replace('\'', "\\(aq")
 }

@@ -41,10 +41,7 @@ impl PatientPipe {
 
     fn wait_for_room(&self) -> Result<(), CommandError> {
         let timeout = Timespec::try_from(self.patience).ok();
-        match poll(
-            &mut [PollFd::new(&self.fd, PollFlags::OUT)],
-            timeout.as_ref(),
-        ) {
+        match poll(&mut [PollFd::new(&self.fd, PollFlags::OUT)], timeout.as_ref()) {
             Ok(0) => Err(CommandError {
                 exit: Exit::TimedOut,
                 text: format!(

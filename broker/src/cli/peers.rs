@@ -40,10 +40,7 @@ impl Peer {
     }
 
     fn at(address: SocketAddr) -> Self {
-        Peer {
-            address,
-            answered: Arc::default(),
-        }
+        Peer { address, answered: Arc::default() }
     }
 
     /// Where it listens.

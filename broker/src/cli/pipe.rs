@@ -89,10 +89,7 @@ fn hand_over(mut link: Link<'_>, input: &File) -> Exit {
     complain_of_outcomes(name, &outcomes);
     exit = exit.max(Exit::of_outcomes(&outcomes));
     if let Err(error) = stopped {
-        complain(&format!(
-            "{name}: {}; the rest of standard input was not read",
-            error.text
-        ));
+        complain(&format!("{name}: {}; the rest of standard input was not read", error.text));
         exit = exit.max(error.exit);
     }
     exit

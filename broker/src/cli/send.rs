@@ -58,10 +58,7 @@ enum Via {
 impl Send {
     /// Sends everything and gives the verdict.
     pub fn run(self, dir: &RuntimeDir) -> Result<Exit, CommandError> {
-        let message = self
-            .message
-            .as_ref()
-            .map(|message| message.as_encoded_bytes());
+        let message = self.message.as_ref().map(|message| message.as_encoded_bytes());
         let timeout = *self.timeout;
         match self.via {
             Via::Unix => {
@@ -113,11 +110,7 @@ fn send_by_pipe(link: &Link<'_>, message: Option<&[u8]>) -> Result<Exit, Command
     complain_of_outcomes(upstream.name(), &detached.outcomes);
     let mut exit = Exit::of_outcomes(&detached.outcomes);
     if detached.reason != Reason::EndOfInput {
-        complain(&format!(
-            "{}: the broker stopped reading: {}",
-            upstream.name(),
-            detached.reason
-        ));
+        complain(&format!("{}: the broker stopped reading: {}", upstream.name(), detached.reason));
         exit = exit.max(Exit::Failed);
     }
     if let Err(error) = written {

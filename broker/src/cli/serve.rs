@@ -57,10 +57,7 @@ impl Serve {
         match control::run(config, runtime_dir) {
             Ok(Ending::Clean) => Ok(Exit::Done),
             Ok(Ending::Undelivered { messages: count }) => {
-                complain(&format!(
-                    "{} could not be sent before the end",
-                    messages(count)
-                ));
+                complain(&format!("{} could not be sent before the end", messages(count)));
                 Ok(Exit::Failed)
             }
             Err(error) => Err(CommandError::failed(error.to_string())),
@@ -103,10 +100,7 @@ fn start_log(level: Level) {
 }
 
 fn after_long_help() -> String {
-    let mut text = format!(
-        "{}\n\nLimits, by section of the file:\n",
-        after_help(EXAMPLES)
-    );
+    let mut text = format!("{}\n\nLimits, by section of the file:\n", after_help(EXAMPLES));
     for section in LIMIT_SECTIONS {
         writeln!(text, "\n  {}", section.header).expect("a String takes every write");
         for row in section.rows {

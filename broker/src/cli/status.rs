@@ -265,10 +265,7 @@ fn sums(upstreams: &[UpstreamReport]) -> String {
 
 fn equation(name: &str, whole: u64, parts: &[(&str, u64)]) -> String {
     let equal = whole == parts.iter().map(|(_, count)| count).sum::<u64>();
-    let parts: Vec<_> = parts
-        .iter()
-        .map(|(name, count)| format!("{count} {name}"))
-        .collect();
+    let parts: Vec<_> = parts.iter().map(|(name, count)| format!("{count} {name}")).collect();
     let sign = if equal { "=" } else { "IS NOT" };
     format!("{whole} {name} {sign} {}\n", parts.join(" + "))
 }
@@ -328,10 +325,7 @@ mod tests {
     #[test]
     fn an_answer_that_is_no_report_is_an_error_not_a_panic() {
         for text in ["", "{}", "[1]", "{\"version\": 1}"] {
-            assert_eq!(
-                Report::parse(text.as_bytes()).unwrap_err().exit,
-                Exit::Failed
-            );
+            assert_eq!(Report::parse(text.as_bytes()).unwrap_err().exit, Exit::Failed);
         }
     }
 }

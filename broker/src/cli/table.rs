@@ -13,10 +13,7 @@ pub struct Table {
 impl Table {
     /// A table without rows.
     pub fn new(header: &[&'static str]) -> Self {
-        Table {
-            header: header.to_vec(),
-            rows: Vec::new(),
-        }
+        Table { header: header.to_vec(), rows: Vec::new() }
     }
 
     /// Appends a row of as many cells as the header has.
@@ -42,7 +39,6 @@ impl Table {
             cells.chain([self.header[column].len()]).max().unwrap_or(0)
         };
         let widths: Vec<_> = (0..self.header.len()).map(width).collect();
-        let is_number = |cell: &str| cell.starts_with(|first: char| first.is_ascii_digit());
         let numeric = |column: usize| self.rows.iter().all(|row| is_number(&row[column]));
         let right: Vec<_> = (0..self.header.len()).map(numeric).collect();
         let line = |cells: &mut dyn Iterator<Item = &str>| {
@@ -70,6 +66,12 @@ impl Table {
         }
         text
     }
+}
+
+/// Whether a cell is a number, a number with its reasons, or the absence of one.
+fn is_number(cell: &str) -> bool {
+    let first = cell.split(' ').next().unwrap_or_default();
+    cell == "-" || first.parse::<f64>().is_ok()
 }
 
 /// Whether standard output takes colour: a terminal, and NO_COLOR is not set.
@@ -113,12 +115,13 @@ mod tests {
 
     #[test]
     fn numbers_stand_to_the_right_and_words_to_the_left() {
-        let mut table = Table::new(&["NAME", "SENT"]);
-        table.push(vec!["a".into(), "12345".into()]);
-        table.push(vec!["metrics".into(), "6".into()]);
+        let mut table = Table::new(&["ADDRESS", "SENT", "FD"]);
+        for row in [["127.0.0.1:1", "12345", "-"], ["[::1]:1", "6", "12"]] {
+            table.push(row.map(str::to_owned).to_vec());
+        }
         assert_eq!(
             table.render(false),
-            "NAME      SENT\na        12345\nmetrics      6\n"
+            "ADDRESS       SENT  FD\n127.0.0.1:1  12345   -\n[::1]:1          6  12\n"
         );
     }
 

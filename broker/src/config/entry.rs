@@ -98,11 +98,7 @@ impl<'a> Entry<'a> {
 
     /// Something inside this section is wrong: the key if it is there, else the section.
     pub(super) fn wrong_inside(&self, key: &str, problem: impl Into<String>) -> ConfigError {
-        let inside = self
-            .value
-            .get_ref()
-            .as_table()
-            .and_then(|table| table.get_key_value(key));
+        let inside = self.value.get_ref().as_table().and_then(|table| table.get_key_value(key));
         let offset = inside.map_or(self.key_span.start, |(key, _)| key.span().start);
         self.error_at(offset, format!("{}.{key}", self.path()), problem.into())
     }
@@ -124,9 +120,7 @@ impl<'a> Entry<'a> {
 
     pub(super) fn table(&self) -> Result<&'a DeTable<'a>, ConfigError> {
         let value = self.value.get_ref();
-        value
-            .as_table()
-            .ok_or_else(|| self.wrong(expected("a table", value)))
+        value.as_table().ok_or_else(|| self.wrong(expected("a table", value)))
     }
 
     pub(super) fn entries(&self) -> Result<Vec<Entry<'a>>, ConfigError> {
@@ -135,9 +129,7 @@ impl<'a> Entry<'a> {
 
     pub(super) fn text(&self) -> Result<&'a str, ConfigError> {
         let value = self.value.get_ref();
-        value
-            .as_str()
-            .ok_or_else(|| self.wrong(expected("a text in quotes", value)))
+        value.as_str().ok_or_else(|| self.wrong(expected("a text in quotes", value)))
     }
 
     pub(super) fn group(&self) -> Result<String, ConfigError> {
@@ -150,25 +142,18 @@ impl<'a> Entry<'a> {
     pub(super) fn mode(&self) -> Result<u32, ConfigError> {
         let text = self.value.get_ref().as_str().unwrap_or_default();
         let is_octal = !text.is_empty() && text.bytes().all(|byte| (b'0'..=b'7').contains(&byte));
-        let mode = u32::from_str_radix(text, 8)
-            .ok()
-            .filter(|mode| is_octal && *mode <= 0o777);
+        let mode = u32::from_str_radix(text, 8).ok().filter(|mode| is_octal && *mode <= 0o777);
         let mode = mode.ok_or_else(|| {
             let shown = self.value.get_ref();
-            self.wrong(expected(
-                "permissions as octal digits in quotes, like \"0622\"",
-                shown,
-            ))
+            self.wrong(expected("permissions as octal digits in quotes, like \"0622\"", shown))
         })?;
         if mode & 0o600 != 0o600 {
-            return Err(self.wrong(format!(
-                "the broker itself must read and write: 0{mode:o} lacks 0600"
-            )));
+            return Err(
+                self.wrong(format!("the broker itself must read and write: 0{mode:o} lacks 0600"))
+            );
         }
         if mode & 0o111 != 0 {
-            return Err(self.wrong(format!(
-                "0{mode:o} makes it executable, which means nothing"
-            )));
+            return Err(self.wrong(format!("0{mode:o} makes it executable, which means nothing")));
         }
         Ok(mode)
     }
@@ -212,9 +197,7 @@ impl Setting for Duration {
     }
 
     fn show(&self) -> String {
-        humantime::format_duration(*self)
-            .to_string()
-            .replace(' ', "")
+        humantime::format_duration(*self).to_string().replace(' ', "")
     }
 }
 
@@ -227,10 +210,7 @@ pub(super) fn read_within<T: Setting>(
         return Ok(read);
     }
     let (least, most) = shown(range);
-    Err(format!(
-        "{} is out of range: from {least} to {most}",
-        read.show()
-    ))
+    Err(format!("{} is out of range: from {least} to {most}", read.show()))
 }
 
 pub(super) fn shown<T: Setting>(range: &RangeInclusive<T>) -> (String, String) {

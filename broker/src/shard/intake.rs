@@ -123,6 +123,9 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> Served
             Step::Next => {}
             Step::NeedsBytes => match read(desk, source) {
                 Ok(true) => {}
+                Ok(false) if has_stowaways(source) => {
+                    break Served::Ended(Reason::UnexpectedDescriptor);
+                }
                 Ok(false) => break Served::Idle,
                 Err(served) => break served,
             },
@@ -138,6 +141,12 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> Served
     };
     finish_turn(desk, source, served);
     served
+}
+
+/// Whether descriptors came with messages that take none.
+fn has_stowaways(source: &Source) -> bool {
+    let Io::Unix(socket) = &source.io else { return false };
+    socket.descriptors() > 0 && source.buffer.as_ref().is_none_or(|buffer| buffer.is_empty())
 }
 
 /// What one look at the buffer gave.
@@ -175,9 +184,7 @@ fn read(desk: &mut Desk<'_>, source: &mut Source) -> Result<bool, Served> {
     match result {
         Read::Bytes { more } => {
             source.is_readable = more || source.is_ending;
-            source
-                .session
-                .handle_unfinished(desk.now, Unfinished::Nothing);
+            source.session.handle_unfinished(desk.now, Unfinished::Nothing);
             Ok(true)
         }
         Read::Nothing => {
@@ -285,11 +292,7 @@ fn frame_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mu
         }
         Err((reason, text)) => {
             source.session.handle_refused(None, reason);
-            let failure = Failure {
-                reason,
-                retry: Retry::NotSent,
-                text,
-            };
+            let failure = Failure { reason, retry: Retry::NotSent, text };
             source.tell_control(Kind::Failure, 0, &failure);
             Step::Stop(Served::Ended(reason))
         }
@@ -350,10 +353,7 @@ fn handle_frame(
             source.tell_control(Kind::Control, header.correlation, &welcome);
         }
         Kind::Reply | Kind::Failure => {
-            return Err((
-                Reason::BadFrame,
-                "a client sends neither replies nor failures".into(),
-            ));
+            return Err((Reason::BadFrame, "a client sends neither replies nor failures".into()));
         }
     }
     Ok(Step::Next)
@@ -363,21 +363,14 @@ fn handle_request(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, frame:
     let correlation = frame.header.correlation;
     let refuse = |source: &mut Source, reason: Reason, text: String| {
         source.session.handle_refused(None, reason);
-        let failure = Failure {
-            reason,
-            retry: Retry::NotSent,
-            text,
-        };
+        let failure = Failure { reason, retry: Retry::NotSent, text };
         source.tell_control(Kind::Failure, correlation, &failure);
     };
     if source.is_hung_up {
         return source.session.handle_refused(None, Reason::ClientGone);
     }
     let Some(upstream) = source.session.upstream(frame.header.upstream) else {
-        let text = format!(
-            "handle {} was not opened by this client",
-            frame.header.upstream
-        );
+        let text = format!("handle {} was not opened by this client", frame.header.upstream);
         return refuse(source, Reason::UnknownUpstream, text);
     };
     if let Err(reason) = source.session.check_request(correlation) {
@@ -394,10 +387,7 @@ fn handle_request(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, frame:
         0 => None,
         timeout_ms => Some(Duration::from_millis(u64::from(timeout_ms))),
     };
-    let owner = Owner {
-        source: id,
-        correlation,
-    };
+    let owner = Owner { source: id, correlation };
     match desk.upstreams[upstream].request(desk.now, owner, frame.body, timeout) {
         Ok(request) => source.session.start_request(correlation, upstream, request),
         Err(failure) => source.tell_control(Kind::Failure, correlation, &failure),
@@ -422,17 +412,23 @@ fn handle_control(
             .flush(header.upstream, header.correlation)
             .map(|()| None)
             .map_err(|reason| (reason, format!("{reason}: handle {}", header.upstream))),
-        ClientMessage::Attach { attachment } => attach(desk, source, id, &frame, attachment),
+        ClientMessage::Attach { attachment } => {
+            // A read ends behind the bytes that descriptors came with, so what is here now came
+            // with this frame.
+            if let Io::Unix(socket) = &source.io
+                && socket.descriptors() > 1
+            {
+                let reason = Reason::UnexpectedDescriptor;
+                return Err((reason, format!("{reason}: {} with one frame", socket.descriptors())));
+            }
+            attach(desk, source, id, &frame, attachment)
+        }
     };
     match answered {
         Ok(Some(answer)) => source.tell_control(Kind::Control, header.correlation, &answer),
         Ok(None) => {}
         Err((reason, text)) => {
-            let failure = Failure {
-                reason,
-                retry: Retry::NotSent,
-                text,
-            };
+            let failure = Failure { reason, retry: Retry::NotSent, text };
             source.tell_control(Kind::Failure, header.correlation, &failure);
         }
     }
@@ -443,10 +439,7 @@ fn handle_control(
 type Answer = Result<Option<BrokerMessage>, (Reason, String)>;
 
 fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
-    let found = desk
-        .upstreams
-        .iter()
-        .position(|upstream| upstream.config.name == name);
+    let found = desk.upstreams.iter().position(|upstream| upstream.config.name == name);
     let Some(upstream) = found.filter(|_| check_upstream_name(name).is_ok()) else {
         let names: Vec<_> = desk
             .upstreams
@@ -459,10 +452,7 @@ fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
             names => format!("there are: {}", names.join(", ")),
         };
         let name = name.escape_debug().to_string();
-        return Err((
-            Reason::UnknownUpstream,
-            format!("unknown upstream \"{name}\"; {known}"),
-        ));
+        return Err((Reason::UnknownUpstream, format!("unknown upstream \"{name}\"; {known}")));
     };
     opened(desk, source, upstream)
 }
@@ -471,10 +461,7 @@ fn opened(desk: &Desk<'_>, source: &mut Source, upstream: usize) -> Answer {
     let handle = source.session.open(upstream).map_err(|reason| {
         (
             reason,
-            format!(
-                "{reason}: a session opens at most {} upstreams",
-                crate::session::HANDLES_MAX
-            ),
+            format!("{reason}: a session opens at most {} upstreams", crate::session::HANDLES_MAX),
         )
     })?;
     let config = &desk.upstreams[upstream].config;
@@ -486,30 +473,18 @@ fn opened(desk: &Desk<'_>, source: &mut Source, upstream: usize) -> Answer {
 }
 
 fn open_url(desk: &mut Desk<'_>, source: &mut Source, url: &str) -> Answer {
-    let url: UpstreamUrl = url
-        .parse()
-        .map_err(|error| (Reason::InvalidUrl, format!("{error}")))?;
+    let url: UpstreamUrl = url.parse().map_err(|error| (Reason::InvalidUrl, format!("{error}")))?;
     let not_allowed = |why: String| (Reason::NotAllowed, format!("{url} cannot be opened: {why}"));
     let Host::Ip(address) = &url.host else {
-        return Err(not_allowed(
-            "by URL only an address can be opened, not a host name".into(),
-        ));
+        return Err(not_allowed("by URL only an address can be opened, not a host name".into()));
     };
-    if !desk
-        .dynamic
-        .allow
-        .iter()
-        .any(|network| network.contains(address))
-    {
+    if !desk.dynamic.allow.iter().any(|network| network.contains(address)) {
         return Err(not_allowed(format!(
             "no network of [dynamic] allow in the configuration contains {address}"
         )));
     }
     let name = url.to_string();
-    let found = desk
-        .upstreams
-        .iter()
-        .position(|upstream| upstream.config.name == name);
+    let found = desk.upstreams.iter().position(|upstream| upstream.config.name == name);
     if let Some(upstream) = found {
         return opened(desk, source, upstream);
     }
@@ -542,10 +517,7 @@ fn attach(
     attachment: Attachment,
 ) -> Answer {
     let Io::Unix(socket) = &mut source.io else {
-        return Err((
-            Reason::Internal,
-            "only a client socket passes descriptors".into(),
-        ));
+        return Err((Reason::Internal, "only a client socket passes descriptors".into()));
     };
     let Some(descriptor) = socket.claim_descriptor() else {
         let reason = Reason::DescriptorMissing;
@@ -553,10 +525,7 @@ fn attach(
     };
     let handle = frame.header.upstream;
     let Some(upstream) = source.session.upstream(handle) else {
-        return Err((
-            Reason::UnknownUpstream,
-            format!("handle {handle} was not opened"),
-        ));
+        return Err((Reason::UnknownUpstream, format!("handle {handle} was not opened")));
     };
     let config = &desk.upstreams[upstream].config;
     if attachment == Attachment::Socketpair && config.url.protocol == Protocol::UdpWriteOnly {
@@ -564,27 +533,14 @@ fn attach(
         return Err((reason, format!("upstream {}: {reason}", config.name)));
     }
     let correlation = frame.header.correlation;
-    desk.orders.push(Order::Attach {
-        source: id,
-        correlation,
-        upstream,
-        attachment,
-        descriptor,
-    });
+    desk.orders.push(Order::Attach { source: id, correlation, upstream, attachment, descriptor });
     Ok(None)
 }
 
 // FIFOs, pipes, socketpairs.
 
 fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut Taken) -> Step {
-    let Source {
-        session,
-        io,
-        buffer,
-        cutter,
-        awaits_reply,
-        ..
-    } = source;
+    let Source { session, io, buffer, cutter, awaits_reply, .. } = source;
     let (Some(buffer), Some(cutter)) = (buffer, cutter) else {
         return Step::NeedsBytes;
     };
@@ -599,10 +555,7 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
             let body = &buffer.unread()[body];
             if let Io::Socketpair(_) = io {
                 taken.messages += 1;
-                let owner = Owner {
-                    source: id,
-                    correlation: 0,
-                };
+                let owner = Owner { source: id, correlation: 0 };
                 match desk.upstreams[upstream].request(desk.now, owner, body, None) {
                     Ok(request) => session.start_request(0, upstream, request),
                     Err(failure) => return Step::Stop(Served::Ended(failure.reason)),
@@ -633,19 +586,11 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
 
 /// The input has ended: what an unfinished message at its end becomes.
 fn end_of_input(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, reason: Reason) -> Served {
-    let Source {
-        session,
-        io,
-        buffer,
-        cutter,
-        ..
-    } = source;
+    let Source { session, io, buffer, cutter, .. } = source;
     let Some(buffer) = buffer.as_mut().filter(|buffer| !buffer.is_empty()) else {
         return Served::Ended(reason);
     };
-    let tail = cutter
-        .as_mut()
-        .map_or(Tail::Partial, |cutter| cutter.finish(buffer.unread()));
+    let tail = cutter.as_mut().map_or(Tail::Partial, |cutter| cutter.finish(buffer.unread()));
     match (tail, session.upstream(0)) {
         (Tail::Message(body), Some(upstream)) if matches!(io, Io::Pipe(_)) => {
             let mut taken = Taken::default();
@@ -670,10 +615,7 @@ fn end_of_input(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, reason: 
 
 /// Gives back an empty buffer and says what is left unfinished.
 fn finish_turn(desk: &mut Desk<'_>, source: &mut Source, served: Served) {
-    let is_empty = source
-        .buffer
-        .as_ref()
-        .is_none_or(|buffer| buffer.is_empty());
+    let is_empty = source.buffer.as_ref().is_none_or(|buffer| buffer.is_empty());
     if is_empty && let Some(buffer) = source.buffer.take() {
         desk.spares.put_back(buffer);
         if let Some(charge) = &mut source.buffer_charge {
@@ -686,10 +628,7 @@ fn finish_turn(desk: &mut Desk<'_>, source: &mut Source, served: Served) {
     if served != Served::Idle {
         return;
     }
-    let is_skipping = source
-        .cutter
-        .as_ref()
-        .is_some_and(|cutter| cutter.is_skipping());
+    let is_skipping = source.cutter.as_ref().is_some_and(|cutter| cutter.is_skipping());
     let unfinished = match &source.io {
         Io::Unix(socket) if socket.descriptors() > 0 => Unfinished::MessageWithDescriptor,
         Io::Unix(_) | Io::Fifo(_) if !is_empty || is_skipping => Unfinished::Message,

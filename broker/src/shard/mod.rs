@@ -207,12 +207,7 @@ pub struct Shard {
 impl Shard {
     /// A shard over these parts, its FIFOs watched and its names being resolved.
     pub fn new(parts: ShardParts) -> Result<Self, Errno> {
-        let ShardParts {
-            config,
-            listener,
-            mailbox,
-            ..
-        } = parts;
+        let ShardParts { config, listener, mailbox, .. } = parts;
         let mut poller = Poller::new()?;
         let token = poller.watch_listener(&listener, Target::Listener)?;
         poller.watch_listener(&mailbox, Target::Mailbox)?;
@@ -228,9 +223,7 @@ impl Shard {
             let seed = seed.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64);
             upstreams.push(Upstream::new(index, upstream, &config.broker, seed));
         }
-        let longest = upstreams
-            .iter()
-            .map(|upstream| upstream.config.limits.message_bytes_max);
+        let longest = upstreams.iter().map(|upstream| upstream.config.limits.message_bytes_max);
         let of_dynamic = UpstreamLimits::of(Protocol::Tcp).message_bytes_max;
         let longest = longest.max().unwrap_or(0).max(of_dynamic);
         let mut shard = Shard {
@@ -311,14 +304,10 @@ impl Shard {
         }
         let drain = match self.phase {
             Phase::Running => None,
-            Phase::Draining {
-                deadline,
-                is_last_pass: false,
+            Phase::Draining { deadline, is_last_pass: false } | Phase::Closing { deadline } => {
+                Some(deadline)
             }
-            | Phase::Closing { deadline } => Some(deadline),
-            Phase::Draining {
-                is_last_pass: true, ..
-            } => return Some(Duration::ZERO),
+            Phase::Draining { is_last_pass: true, .. } => return Some(Duration::ZERO),
         };
         let starved = self.sources.has_starved().then(|| self.now + STARVED_PAUSE);
         let next = self
@@ -378,18 +367,10 @@ impl Shard {
                 Command::Drain => self.begin_drain(),
                 Command::Stop => {
                     self.begin_drain();
-                    self.phase = Phase::Draining {
-                        deadline: self.now,
-                        is_last_pass: false,
-                    };
+                    self.phase = Phase::Draining { deadline: self.now, is_last_pass: false };
                 }
-                Command::Resolved {
-                    upstream,
-                    addresses,
-                } => {
-                    self.upstreams[upstream]
-                        .pool
-                        .handle_resolved(self.now, addresses);
+                Command::Resolved { upstream, addresses } => {
+                    self.upstreams[upstream].pool.handle_resolved(self.now, addresses);
                 }
             }
         }
@@ -412,9 +393,7 @@ impl Shard {
         }
         if self.discards_due_at <= self.now {
             self.discards_due_at = self.now + DISCARD_INTERVAL;
-            self.upstreams
-                .iter_mut()
-                .for_each(Upstream::refresh_discards);
+            self.upstreams.iter_mut().for_each(Upstream::refresh_discards);
         }
         self.sources.feed_starved();
     }
@@ -519,9 +498,16 @@ impl Shard {
     }
 
     fn tell_sources(&mut self) {
-        for id in self.sources.take_due() {
-            if self.sources.pump(id) {
-                self.end(id);
+        // The end of one source may be news for another.
+        loop {
+            let due = self.sources.take_due();
+            if due.is_empty() {
+                return;
+            }
+            for id in due {
+                if self.sources.pump(id) {
+                    self.end(id);
+                }
             }
         }
     }
@@ -536,10 +522,7 @@ impl Shard {
             match unix::accept(listener) {
                 Ok((socket, credentials)) => {
                     let pid = credentials.pid.as_raw_nonzero().get();
-                    let peer = Peer {
-                        pid,
-                        uid: credentials.uid.as_raw(),
-                    };
+                    let peer = Peer { pid, uid: credentials.uid.as_raw() };
                     self.add_client(Io::Unix(socket), peer);
                 }
                 Err(Errno::AGAIN) => return,
@@ -561,8 +544,7 @@ impl Shard {
                 let text = "the broker has no file descriptor left: raise its LimitNOFILE";
                 refuse_client(&mut socket.stream, Reason::Quota, text.to_owned());
             }
-            self.poller
-                .set_listening(listener, self.listener.token, false);
+            self.poller.set_listening(listener, self.listener.token, false);
         }
         self.listener.spare = spare_descriptor();
         if self.listener.resumes_at.is_none() {
@@ -604,18 +586,12 @@ impl Shard {
     }
 
     fn add_fifo(&mut self, fifo: OpenFifo) -> Result<(), Errno> {
-        let peer = Peer {
-            pid: 0,
-            uid: rustix::process::geteuid().as_raw(),
-        };
+        let peer = Peer { pid: 0, uid: rustix::process::geteuid().as_raw() };
         let id = self.take_session_id();
         let limits = self.session_limits();
         let session = Session::bound(id, peer, Transport::Fifo, limits, fifo.upstream);
         let record_max = self.limits.fifo_record_bytes_max - fifo.framing.overhead_bytes();
-        let message_max = self.upstreams[fifo.upstream]
-            .config
-            .limits
-            .message_bytes_max;
+        let message_max = self.upstreams[fifo.upstream].config.limits.message_bytes_max;
         let cutter = Cutter::new(fifo.framing, record_max.min(message_max));
         let source = self.new_source(session, Io::Fifo(fifo.fd), Some(cutter), fifo.framing);
         let id = self.add_source(source).map_err(|(error, _)| error)?;
@@ -655,9 +631,7 @@ impl Shard {
 
     fn add_source(&mut self, source: Source) -> Result<SourceId, (Errno, Box<Source>)> {
         let id = self.sources.table.insert(source);
-        let watched = self
-            .poller
-            .watch(&self.sources.table[id].io, Target::Source(id));
+        let watched = self.poller.watch(&self.sources.table[id].io, Target::Source(id));
         match watched {
             Ok(token) => {
                 self.sources.table[id].token = token;
@@ -691,13 +665,7 @@ impl Shard {
     // Passed descriptors.
 
     fn carry_out(&mut self, order: Order) {
-        let Order::Attach {
-            source,
-            correlation,
-            upstream,
-            attachment,
-            descriptor,
-        } = order;
+        let Order::Attach { source, correlation, upstream, attachment, descriptor } = order;
         let answer = self.attach(source, upstream, attachment, descriptor);
         let Some(parent) = self.sources.table.get_mut(source) else {
             return;
@@ -714,11 +682,7 @@ impl Shard {
                     Reason::BadDescriptor => format!("{reason}: {}", wanted(attachment)),
                     reason => reason.to_string(),
                 };
-                let failure = Failure {
-                    reason,
-                    retry: Retry::NotSent,
-                    text,
-                };
+                let failure = Failure { reason, retry: Retry::NotSent, text };
                 parent.tell_control(Kind::Failure, correlation, &failure);
             }
         }
@@ -751,11 +715,9 @@ impl Shard {
         let config = &self.upstreams[upstream].config;
         let message_bytes_max = config.limits.message_bytes_max;
         let (io, transport, framing) = match attachment {
-            Attachment::Pipe => (
-                Pipe::from_passed(descriptor).map(Io::Pipe),
-                Transport::Pipe,
-                Framing::Lines,
-            ),
+            Attachment::Pipe => {
+                (Pipe::from_passed(descriptor).map(Io::Pipe), Transport::Pipe, Framing::Lines)
+            }
             Attachment::Socketpair => {
                 let io = Stream::from_passed(descriptor).map(Io::Socketpair);
                 (io, Transport::Socketpair, config.url.framing)
@@ -784,7 +746,9 @@ impl Shard {
             }
             Err((error, source)) => {
                 tracing::warn!(%error, "a passed descriptor cannot be watched");
-                self.closer.close(source.io.into_descriptor().0);
+                for descriptor in source.io.into_passed() {
+                    self.closer.close(descriptor);
+                }
                 Err(Reason::BadDescriptor)
             }
         }
@@ -840,10 +804,7 @@ impl Shard {
         tracing::debug!(session, pid = source.session.peer.pid, %reason, "session ended");
         if reason == Reason::Drained && matches!(source.io, Io::Unix(_)) {
             let upstreams = source.session.all_outcomes();
-            let goodbye = BrokerMessage::Goodbye {
-                reason: Reason::ShuttingDown,
-                upstreams,
-            };
+            let goodbye = BrokerMessage::Goodbye { reason: Reason::ShuttingDown, upstreams };
             source.tell_control(Kind::Control, 0, &goodbye);
         }
         if let Some(stream) = source.io.stream_mut() {
@@ -858,19 +819,14 @@ impl Shard {
         {
             parent_source.children -= 1;
             let outcomes = source.session.outcomes(0);
-            let message = BrokerMessage::Detached {
-                session,
-                reason,
-                outcomes,
-            };
+            let message = BrokerMessage::Detached { session, reason, outcomes };
             parent_source.tell_control(Kind::Control, 0, &message);
             self.sources.make_due(parent);
         }
         if let Some(buffer) = source.buffer.take() {
             self.spares.put_back(buffer);
         }
-        let (descriptor, is_passed) = source.io.into_descriptor();
-        if is_passed {
+        for descriptor in source.io.into_passed() {
             self.closer.close(descriptor);
         }
     }
@@ -882,10 +838,7 @@ impl Shard {
             return;
         }
         let deadline = self.now + self.limits.drain_timeout;
-        self.phase = Phase::Draining {
-            deadline,
-            is_last_pass: false,
-        };
+        self.phase = Phase::Draining { deadline, is_last_pass: false };
         if let Some(listener) = self.listener.fd.take() {
             self.poller.unwatch(&listener, self.listener.token);
         }
@@ -907,27 +860,16 @@ impl Shard {
             Phase::Running => None,
             Phase::Draining { deadline, .. } if self.now >= deadline => {
                 self.abandon();
-                self.begin_closing(
-                    self.now + self.limits.drain_timeout.min(Duration::from_secs(1)),
-                );
-                None
+                self.begin_closing(self.now + CLOSING_GRACE);
+                self.advance_drain()
             }
-            Phase::Draining {
-                deadline,
-                is_last_pass,
-            } => {
+            Phase::Draining { deadline, is_last_pass } => {
                 let is_quiet = self.sources.ready_count() == 0
                     && !self.sources.has_starved()
-                    && self
-                        .upstreams
-                        .iter()
-                        .all(|upstream| upstream.pool.is_settled())
+                    && self.upstreams.iter().all(|upstream| upstream.pool.is_settled())
                     && self.sources.table.values().all(is_at_its_end);
                 if !is_quiet {
-                    self.phase = Phase::Draining {
-                        deadline,
-                        is_last_pass: false,
-                    };
+                    self.phase = Phase::Draining { deadline, is_last_pass: false };
                 } else if is_last_pass {
                     self.begin_closing(deadline);
                     return self.advance_drain();
@@ -937,20 +879,13 @@ impl Shard {
                         self.sources.table[id].is_readable = true;
                         self.sources.make_ready(id);
                     }
-                    self.phase = Phase::Draining {
-                        deadline,
-                        is_last_pass: true,
-                    };
+                    self.phase = Phase::Draining { deadline, is_last_pass: true };
                 }
                 None
             }
             Phase::Closing { deadline } => {
                 let closed = self.upstreams.iter().all(Upstream::is_closed);
-                let told = self
-                    .sources
-                    .table
-                    .values()
-                    .all(|s| matches!(s.io, Io::Fifo(_)));
+                let told = self.sources.table.values().all(|s| matches!(s.io, Io::Fifo(_)));
                 ((closed && told) || self.now >= deadline).then(|| self.ending())
             }
         }
@@ -963,11 +898,7 @@ impl Shard {
         ids.sort_by_key(|id| self.sources.table[*id].parent.is_none());
         for id in ids {
             let source = &mut self.sources.table[id];
-            if source
-                .buffer
-                .take()
-                .is_some_and(|buffer| !buffer.is_empty())
-            {
+            if source.buffer.take().is_some_and(|buffer| !buffer.is_empty()) {
                 let handle = source.cutter.is_some().then_some(0);
                 source.session.handle_refused(handle, Reason::Partial);
             }
@@ -989,17 +920,12 @@ impl Shard {
             self.given_up += pool.queued() + pool.in_flight() as u64;
             // Twice: a message that was partly written goes once its connection is closed.
             for _ in 0..2 {
-                self.upstreams[upstream]
-                    .pool
-                    .abandon(self.now, Reason::DrainTimeout);
+                self.upstreams[upstream].pool.abandon(self.now, Reason::DrainTimeout);
                 self.work_on(upstream);
             }
         }
         for source in self.sources.table.values_mut() {
-            let unread = source
-                .buffer
-                .as_ref()
-                .is_some_and(|buffer| !buffer.is_empty());
+            let unread = source.buffer.as_ref().is_some_and(|buffer| !buffer.is_empty());
             let pending = rustix::io::ioctl_fionread(&source.io).unwrap_or(0);
             if unread || pending > 0 {
                 self.given_up += 1;
@@ -1041,21 +967,14 @@ impl Shard {
         });
         let listeners = std::iter::once(client_socket).chain(fifos).collect();
         let (now, sources) = (self.now, &self.sources);
-        let upstreams = self
-            .upstreams
-            .iter_mut()
-            .map(|upstream| upstream.snapshot(now, sources))
-            .collect();
+        let upstreams =
+            self.upstreams.iter_mut().map(|upstream| upstream.snapshot(now, sources)).collect();
         Snapshot {
             version: env!("CARGO_PKG_VERSION"),
             pid: std::process::id(),
             uptime_s: self.now.since(Time::default()).as_secs(),
             runtime_dir: self.runtime_dir.clone(),
-            state: if self.phase == Phase::Running {
-                "running"
-            } else {
-                "draining"
-            },
+            state: if self.phase == Phase::Running { "running" } else { "draining" },
             upstreams,
             listeners,
             sessions: self.sources.snapshot(),
@@ -1081,11 +1000,7 @@ fn wanted(attachment: Attachment) -> &'static str {
 }
 
 fn refuse_client(stream: &mut Stream, reason: Reason, text: String) {
-    let failure = Failure {
-        reason,
-        retry: Retry::NotSent,
-        text,
-    };
+    let failure = Failure { reason, retry: Retry::NotSent, text };
     let header = poolbroker_proto::frame::FrameHeader::new(Kind::Failure);
     if let Ok(body) = poolbroker_proto::message::encode(&failure)
         && header.append(&body, stream.out()).is_ok()

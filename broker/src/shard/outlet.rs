@@ -121,12 +121,7 @@ impl Upstream {
         };
         let limits = config.limits.clone();
         Upstream {
-            pool: Pool::new(PoolSettings {
-                protocol,
-                limits,
-                requests_refused,
-                seed,
-            }),
+            pool: Pool::new(PoolSettings { protocol, limits, requests_refused, seed }),
             config,
             index,
             send_buffer: SendBuffer::default(),
@@ -144,11 +139,7 @@ impl Upstream {
 
     /// When [`Upstream::handle_timeout`] is due.
     pub fn next_deadline(&self) -> Option<Time> {
-        self.pool
-            .next_deadline()
-            .into_iter()
-            .chain(self.pause.map(|pause| pause.until))
-            .min()
+        self.pool.next_deadline().into_iter().chain(self.pause.map(|pause| pause.until)).min()
     }
 
     /// Whether there is work that no event will announce.
@@ -230,10 +221,7 @@ impl Upstream {
             self.pool.refuse_request(reason);
             return Err(self.failure(RequestEnd::Refused(reason), false));
         }
-        match self
-            .pool
-            .request(now, owner, timeout.map(|timeout| now + timeout))
-        {
+        match self.pool.request(now, owner, timeout.map(|timeout| now + timeout)) {
             Acquire::Granted { request, conn } => {
                 self.write_request(now, conn, bytes);
                 Ok(request)
@@ -328,9 +316,7 @@ impl Upstream {
         };
         let connection = |(conn, record): (ConnId, &Conn)| {
             let socket = self.sockets.get(conn);
-            let holder = pool
-                .holder(conn)
-                .and_then(|owner| sources.session_id(owner.source));
+            let holder = pool.holder(conn).and_then(|owner| sources.session_id(owner.source));
             ConnectionSnapshot {
                 protocol: self.config.url.protocol.scheme(),
                 role: record.role.name(),
@@ -348,9 +334,7 @@ impl Upstream {
                 session: holder,
             }
         };
-        let maxwait = pool
-            .oldest_waiter()
-            .map_or(Duration::ZERO, |since| now.since(since));
+        let maxwait = pool.oldest_waiter().map_or(Duration::ZERO, |since| now.since(since));
         UpstreamSnapshot {
             name: self.config.name.clone(),
             protocol: self.config.url.protocol.scheme(),
@@ -392,12 +376,7 @@ impl Upstream {
                         self.write_request(cx.now, conn, bytes);
                     }
                 }
-                Action::Fail {
-                    request,
-                    owner,
-                    end,
-                    was_sent,
-                } => {
+                Action::Fail { request, owner, end, was_sent } => {
                     self.bodies.remove(request);
                     let failure = self.failure(end, was_sent);
                     cx.sources.fail(owner, failure);
@@ -405,8 +384,7 @@ impl Upstream {
                 Action::Drain { conn } => {
                     let finished = self.sockets.get(conn).map(|s| tcp::finish_writing(&s.fd));
                     if !matches!(finished, Some(Ok(()))) {
-                        self.pool
-                            .handle_lost(cx.now, conn, Reason::PeerReset, false);
+                        self.pool.handle_lost(cx.now, conn, Reason::PeerReset, false);
                     }
                 }
                 Action::Retire { conn } => {
@@ -417,11 +395,7 @@ impl Upstream {
                 }
                 Action::Close { conn, reason } => self.close(cx, conn, reason),
                 Action::Discard { skip, bytes } => self.send_buffer.cut(skip, bytes),
-                Action::Settle {
-                    source,
-                    settled,
-                    messages,
-                } => {
+                Action::Settle { source, settled, messages } => {
                     cx.sources.settle(source, self.index, settled, messages);
                 }
             }
@@ -436,13 +410,7 @@ impl Upstream {
             udp::open(remote, role == Role::Exchange)
         };
         let opened = opened.and_then(|(fd, discard)| {
-            let token = cx.poller.watch(
-                &fd,
-                Target::Conn {
-                    upstream: self.index,
-                    conn,
-                },
-            )?;
+            let token = cx.poller.watch(&fd, Target::Conn { upstream: self.index, conn })?;
             Ok((fd, discard, token))
         });
         let (fd, discard, token) = match opened {
@@ -455,10 +423,7 @@ impl Upstream {
             }
         };
         let local = local_address(&fd);
-        let cutter = Cutter::new(
-            self.config.url.framing,
-            self.config.limits.message_bytes_max,
-        );
+        let cutter = Cutter::new(self.config.url.framing, self.config.limits.message_bytes_max);
         self.sockets.insert(
             conn,
             Socket {
@@ -599,11 +564,7 @@ impl Upstream {
             RequestEnd::Refused(reason) | RequestEnd::Failed(reason) => reason,
             RequestEnd::Replied => Reason::Internal,
         };
-        let retry = if was_sent {
-            Retry::MaybeExecuted
-        } else {
-            Retry::NotSent
-        };
+        let retry = if was_sent { Retry::MaybeExecuted } else { Retry::NotSent };
         let (name, url, limits) = (&self.config.name, &self.config.url, &self.config.limits);
         let detail = match reason {
             Reason::WaitersFull => format!(" (waiters_max = {})", limits.waiters_max),
@@ -625,11 +586,7 @@ impl Upstream {
             _ => String::new(),
         };
         let text = format!("upstream {name} ({url}): {reason}{detail}");
-        Failure {
-            reason,
-            retry,
-            text,
-        }
+        Failure { reason, retry, text }
     }
 
     // Reading.
@@ -709,15 +666,9 @@ impl Upstream {
                 Cut::Message { body, consumed } => {
                     let body = &buffer.unread()[body];
                     let is_last = consumed == buffer.unread().len() && is_request_written;
-                    let after = if is_last {
-                        After::Nothing
-                    } else {
-                        After::Surplus
-                    };
-                    let deliverable = self
-                        .pool
-                        .holder(conn)
-                        .is_none_or(|owner| cx.sources.can_take(owner, body));
+                    let after = if is_last { After::Nothing } else { After::Surplus };
+                    let deliverable =
+                        self.pool.holder(conn).is_none_or(|owner| cx.sources.can_take(owner, body));
                     let owner = self.pool.handle_reply(cx.now, conn, after, deliverable);
                     if let Some(owner) = owner {
                         cx.sources.reply(owner, body);
@@ -728,10 +679,7 @@ impl Upstream {
                         return None;
                     }
                 }
-                Cut::Refused {
-                    reason: _,
-                    consumed,
-                } if role == Role::OneWay => {
+                Cut::Refused { reason: _, consumed } if role == Role::OneWay => {
                     buffer.consume(consumed);
                     self.pool.conn_mut(conn)?.replies_discarded += 1;
                 }
@@ -768,8 +716,7 @@ impl Upstream {
                         let body = buffer.unread();
                         let deliverable = cx.sources.can_take(owner, body);
                         let owner =
-                            self.pool
-                                .handle_reply(cx.now, conn, After::Nothing, deliverable);
+                            self.pool.handle_reply(cx.now, conn, After::Nothing, deliverable);
                         if let Some(owner) = owner {
                             cx.sources.reply(owner, body);
                         }
@@ -789,10 +736,7 @@ impl Upstream {
         if let Some(reason) = lost {
             self.lose(cx.now, conn, reason);
         }
-        self.sockets
-            .get(conn)
-            .is_some_and(|socket| socket.is_readable)
-            && lost.is_none()
+        self.sockets.get(conn).is_some_and(|socket| socket.is_readable) && lost.is_none()
     }
 
     // Sending one-way messages.
@@ -858,10 +802,7 @@ impl Upstream {
                 Err(Unsent::NoBuffers) if last_pause < self.nobuf_backoff.1 => {
                     let (shortest, longest) = self.nobuf_backoff;
                     let length = (last_pause * 2).clamp(shortest, longest);
-                    self.pause = Some(Pause {
-                        until: now + length,
-                        length,
-                    });
+                    self.pause = Some(Pause { until: now + length, length });
                     return;
                 }
                 Err(unsent) => {

@@ -70,10 +70,7 @@ pub struct Source {
 impl Source {
     /// Bytes it keeps in the broker.
     pub fn queued_bytes(&self) -> usize {
-        let received = self
-            .buffer
-            .as_ref()
-            .map_or(0, |buffer| buffer.unread().len());
+        let received = self.buffer.as_ref().map_or(0, |buffer| buffer.unread().len());
         received + self.io.stream().map_or(0, |stream| stream.pending_bytes())
     }
 
@@ -89,13 +86,7 @@ impl Source {
     /// Appends a control message or failure for the client.
     pub fn tell_control<T: Serialize>(&mut self, kind: Kind, correlation: u64, message: &T) {
         match encode(message) {
-            Ok(body) => self.tell(
-                FrameHeader {
-                    correlation,
-                    ..FrameHeader::new(kind)
-                },
-                &body,
-            ),
+            Ok(body) => self.tell(FrameHeader { correlation, ..FrameHeader::new(kind) }, &body),
             Err(error) => tracing::error!(%error, "a control message cannot be encoded"),
         }
     }
@@ -281,13 +272,7 @@ impl Sources {
         match &mut source.io {
             Io::Unix(_) => {
                 let correlation = owner.correlation;
-                source.tell(
-                    FrameHeader {
-                        correlation,
-                        ..FrameHeader::new(Kind::Reply)
-                    },
-                    body,
-                );
+                source.tell(FrameHeader { correlation, ..FrameHeader::new(Kind::Reply) }, body);
             }
             Io::Socketpair(stream) => {
                 source.awaits_reply = false;
@@ -325,23 +310,15 @@ impl Sources {
         };
         while let Some(action) = source.session.poll_action() {
             match action {
-                Action::Flushed {
-                    correlation,
-                    outcomes,
-                } => {
+                Action::Flushed { correlation, outcomes } => {
                     let message = BrokerMessage::Flushed(outcomes);
                     source.tell_control(Kind::Control, correlation, &message);
                 }
             }
         }
-        let was_overfull = source
-            .io
-            .stream()
-            .is_some_and(|s| s.pending_bytes() > reply_queue_bytes_max);
-        let flushed = source
-            .io
-            .stream_mut()
-            .map_or(Flushed::All, |stream| stream.flush());
+        let was_overfull =
+            source.io.stream().is_some_and(|s| s.pending_bytes() > reply_queue_bytes_max);
+        let flushed = source.io.stream_mut().map_or(Flushed::All, |stream| stream.flush());
         match flushed {
             Flushed::Gone => {
                 source.ended.get_or_insert(Reason::ClientGone);
@@ -370,18 +347,12 @@ impl Sources {
 
     /// The requests of a source, to be cancelled.
     pub fn requests(&self, id: SourceId) -> Vec<(usize, RequestId)> {
-        self.table
-            .get(id)
-            .map(|s| s.session.requests().collect())
-            .unwrap_or_default()
+        self.table.get(id).map(|s| s.session.requests().collect()).unwrap_or_default()
     }
 
     /// Every session; FIFOs are listeners.
     pub fn snapshot(&self) -> Vec<SessionSnapshot> {
-        let sessions = self
-            .table
-            .values()
-            .filter(|source| !matches!(source.io, Io::Fifo(_)));
+        let sessions = self.table.values().filter(|source| !matches!(source.io, Io::Fifo(_)));
         let snapshot = |source: &Source| SessionSnapshot {
             id: source.session.id,
             pid: source.session.peer.pid,

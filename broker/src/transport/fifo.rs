@@ -46,36 +46,22 @@ pub enum FifoError {
 
 /// Opens the FIFO at `path`, making it if there is nothing, with exactly that mode and group.
 pub fn open_fifo(path: &Path, mode: u32, group: Option<Gid>) -> Result<OwnedFd, FifoError> {
-    let kernel = |cause| FifoError::Kernel {
-        path: path.to_path_buf(),
-        cause,
-    };
+    let kernel = |cause| FifoError::Kernel { path: path.to_path_buf(), cause };
     // Made with no permissions for others; widened below through the descriptor.
     match mkfifo(path, Mode::S_IRUSR | Mode::S_IWUSR) {
         Ok(()) | Err(Errno::EEXIST) => {}
         Err(cause) => return Err(kernel(cause)),
     }
     // What is there is looked at through a descriptor that opens nothing of it.
-    let look = open(
-        path,
-        OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC,
-        Mode::empty(),
-    )
-    .map_err(kernel)?;
+    let look = open(path, OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC, Mode::empty())
+        .map_err(kernel)?;
     let found = fstat(&look).map_err(kernel)?;
-    if let Some(what) = not_a_fifo(SFlag::from_bits_truncate(
-        found.st_mode & SFlag::S_IFMT.bits(),
-    )) {
-        return Err(FifoError::NotAFifo {
-            path: path.to_path_buf(),
-            what,
-        });
+    if let Some(what) = not_a_fifo(SFlag::from_bits_truncate(found.st_mode & SFlag::S_IFMT.bits()))
+    {
+        return Err(FifoError::NotAFifo { path: path.to_path_buf(), what });
     }
     if found.st_uid != geteuid().as_raw() {
-        return Err(FifoError::Foreign {
-            path: path.to_path_buf(),
-            uid: found.st_uid,
-        });
+        return Err(FifoError::Foreign { path: path.to_path_buf(), uid: found.st_uid });
     }
     let flags = OFlag::O_RDWR | OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let fifo = open(path, flags, Mode::empty()).map_err(kernel)?;
@@ -125,10 +111,7 @@ mod tests {
         std::os::unix::fs::symlink(&file, &link).unwrap();
         for (path, says) in [(&file, "a regular file"), (&link, "a symbolic link")] {
             let refused = open_fifo(path, 0o600, None).unwrap_err().to_string();
-            assert!(
-                refused.contains(says) && refused.contains("remove it"),
-                "{refused}"
-            );
+            assert!(refused.contains(says) && refused.contains("remove it"), "{refused}");
         }
         assert_eq!(std::fs::read_to_string(&file).unwrap(), "data of a script");
     }

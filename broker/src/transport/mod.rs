@@ -36,9 +36,7 @@ impl Read {
             Ok(0) => Read::End,
             Ok(bytes) => {
                 buffer.fill(bytes);
-                Read::Bytes {
-                    more: bytes == room,
-                }
+                Read::Bytes { more: bytes == room }
             }
             Err(Errno::AGAIN) => Read::Nothing,
             Err(Errno::INTR) => Read::Bytes { more: true },
@@ -93,13 +91,14 @@ impl Io {
         }
     }
 
-    /// Takes the descriptor out, to be closed; whether a client made it.
-    pub fn into_descriptor(self) -> (OwnedFd, bool) {
+    /// Takes apart what was closed: the descriptors that a client made, whose closing can block.
+    /// Those of the broker's own are closed here.
+    pub fn into_passed(self) -> Vec<OwnedFd> {
         match self {
-            Io::Unix(socket) => (socket.stream.into_descriptor(), false),
-            Io::Fifo(fd) => (fd, false),
-            Io::Pipe(pipe) => (pipe.into_descriptor(), true),
-            Io::Socketpair(stream) => (stream.into_descriptor(), true),
+            Io::Unix(socket) => socket.into_passed(),
+            Io::Fifo(_) => Vec::new(),
+            Io::Pipe(pipe) => vec![pipe.into_descriptor()],
+            Io::Socketpair(stream) => vec![stream.into_descriptor()],
         }
     }
 }

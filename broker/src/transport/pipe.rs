@@ -26,11 +26,7 @@ impl Pipe {
         let is_readable = fcntl_getfl(&fd).is_ok_and(|flags| {
             !flags.contains(OFlags::PATH) && flags & OFlags::RWMODE != OFlags::WRONLY
         });
-        if is_pipe && is_readable {
-            Ok(Pipe { fd })
-        } else {
-            Err(fd)
-        }
+        if is_pipe && is_readable { Ok(Pipe { fd }) } else { Err(fd) }
     }
 
     /// Reads what has arrived.

@@ -44,13 +44,7 @@ pub fn open_listener(path: &Path, mode: u32, group: Option<Gid>) -> Result<Owned
 pub fn accept(listener: impl AsFd) -> Result<(UnixSocket, UCred), Errno> {
     let socket = accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
     let credentials = sockopt::socket_peercred(&socket)?;
-    Ok((
-        UnixSocket {
-            stream: Stream::new(socket),
-            descriptors: VecDeque::new(),
-        },
-        credentials,
-    ))
+    Ok((UnixSocket { stream: Stream::new(socket), descriptors: VecDeque::new() }, credentials))
 }
 
 /// A client on the client socket: a stream on which descriptors may come.
@@ -75,9 +69,7 @@ impl UnixSocket {
                     return Read::Failed(Errno::TOOMANYREFS);
                 }
                 match Read::of(Ok(received.bytes), len, buffer) {
-                    Read::Bytes { more } => Read::Bytes {
-                        more: more || stopped,
-                    },
+                    Read::Bytes { more } => Read::Bytes { more: more || stopped },
                     read => read,
                 }
             }
@@ -91,6 +83,11 @@ impl UnixSocket {
     /// Descriptors that came and no message has claimed.
     pub fn descriptors(&self) -> usize {
         self.descriptors.len()
+    }
+
+    /// Takes out all of them; the socket itself is closed.
+    pub fn into_passed(self) -> Vec<OwnedFd> {
+        self.descriptors.into()
     }
 
     /// Claims the first of them.
@@ -121,11 +118,7 @@ pub enum Flushed {
 impl Stream {
     /// A stream with nothing to write.
     pub fn new(socket: OwnedFd) -> Self {
-        Stream {
-            socket,
-            out: Vec::new(),
-            written: 0,
-        }
+        Stream { socket, out: Vec::new(), written: 0 }
     }
 
     /// Reads bytes; descriptors that come with them are dropped by the kernel.
@@ -242,10 +235,7 @@ mod tests {
         let path = dir.path().join("s");
         let _listener = UnixListener::bind(&path).unwrap();
         let connected = UnixStream::connect(&path).unwrap();
-        assert!(
-            Stream::from_passed(connected.into()).is_err(),
-            "its peer has a name"
-        );
+        assert!(Stream::from_passed(connected.into()).is_err(), "its peer has a name");
         let (reader, _writer) = std::io::pipe().unwrap();
         assert!(Stream::from_passed(reader.into()).is_err());
         let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();

@@ -45,11 +45,7 @@ impl Resolver {
     /// Keeps the host of `upstream` resolved from now on.
     pub fn watch(&self, upstream: usize, host: &str, port: u16) {
         // Full only with 4,096 names waiting; the thread ends only with the broker.
-        let _ = self.names.try_send(Name {
-            upstream,
-            host: host.to_owned(),
-            port,
-        });
+        let _ = self.names.try_send(Name { upstream, host: host.to_owned(), port });
     }
 }
 

@@ -3,10 +3,7 @@
 //! Each function is one system call on a borrowed descriptor with memory of its own; none keeps a
 //! pointer.
 
-#![allow(
-    unsafe_code,
-    reason = "socket options that nix and rustix do not offer"
-)]
+#![allow(unsafe_code, reason = "socket options that nix and rustix do not offer")]
 
 use std::mem::size_of;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -44,11 +41,7 @@ fn set<T: Copy>(
             size_of::<T>() as libc::socklen_t,
         )
     };
-    if result == 0 {
-        Ok(())
-    } else {
-        Err(last_error())
-    }
+    if result == 0 { Ok(()) } else { Err(last_error()) }
 }
 
 fn get<T: Copy>(
@@ -69,11 +62,7 @@ fn get<T: Copy>(
             &raw mut len,
         )
     };
-    if result == 0 {
-        Ok(value)
-    } else {
-        Err(last_error())
-    }
+    if result == 0 { Ok(value) } else { Err(last_error()) }
 }
 
 fn last_error() -> Errno {
@@ -84,35 +73,19 @@ fn last_error() -> Errno {
 /// and counted (E13; socket(7), SO_ATTACH_FILTER, SO_LOCK_FILTER).
 pub fn attach_drop_filter(socket: impl AsFd) -> Result<(), Errno> {
     const ACCEPT_NOTHING: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
-    let mut program = [libc::sock_filter {
-        code: ACCEPT_NOTHING,
-        jt: 0,
-        jf: 0,
-        k: 0,
-    }];
+    let mut program = [libc::sock_filter { code: ACCEPT_NOTHING, jt: 0, jf: 0, k: 0 }];
     // The pointer inside stays valid: `program` lives until the end of this function.
-    let filter = libc::sock_fprog {
-        len: 1,
-        filter: program.as_mut_ptr(),
-    };
+    let filter = libc::sock_fprog { len: 1, filter: program.as_mut_ptr() };
     let socket = socket.as_fd();
     set(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, filter)?;
-    set(
-        socket,
-        libc::SOL_SOCKET,
-        libc::SO_LOCK_FILTER,
-        1 as libc::c_int,
-    )
+    set(socket, libc::SOL_SOCKET, libc::SO_LOCK_FILTER, 1 as libc::c_int)
 }
 
 /// What the socket holds and has dropped.
 pub fn mem_info(socket: impl AsFd) -> Result<MemInfo, Errno> {
     // SK_MEMINFO_VARS = 9; RMEM_ALLOC is entry 0, DROPS entry 8 (linux/sock_diag.h).
     let [receive_bytes, .., drops] = get(socket, libc::SOL_SOCKET, libc::SO_MEMINFO, [0u32; 9])?;
-    Ok(MemInfo {
-        receive_bytes,
-        drops,
-    })
+    Ok(MemInfo { receive_bytes, drops })
 }
 
 /// Bytes written to a TCP socket that the peer's kernel has not acknowledged (SIOCOUTQ, tcp(7)).
@@ -120,11 +93,7 @@ pub fn unacknowledged_bytes(socket: impl AsFd) -> Result<usize, Errno> {
     let mut bytes: libc::c_int = 0;
     // SAFETY: SIOCOUTQ, which is TIOCOUTQ, writes one int to the pointer, which is valid.
     let result = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
-    if result == 0 {
-        Ok(usize::try_from(bytes).unwrap_or(0))
-    } else {
-        Err(last_error())
-    }
+    if result == 0 { Ok(usize::try_from(bytes).unwrap_or(0)) } else { Err(last_error()) }
 }
 
 /// Makes the kernel refuse descriptors that peers of this Unix socket send (E8f). Older kernels
@@ -157,22 +126,10 @@ mod tests {
         attach_drop_filter(&socket).unwrap();
         socket.connect(peer.local_addr().unwrap()).unwrap();
         for _ in 0..1_000 {
-            peer.send_to(b"reply", socket.local_addr().unwrap())
-                .unwrap();
+            peer.send_to(b"reply", socket.local_addr().unwrap()).unwrap();
         }
-        assert_eq!(
-            mem_info(&socket),
-            Ok(MemInfo {
-                receive_bytes: 0,
-                drops: 1_000
-            })
-        );
-        let detach = set(
-            &socket,
-            libc::SOL_SOCKET,
-            libc::SO_DETACH_FILTER,
-            0 as libc::c_int,
-        );
+        assert_eq!(mem_info(&socket), Ok(MemInfo { receive_bytes: 0, drops: 1_000 }));
+        let detach = set(&socket, libc::SOL_SOCKET, libc::SO_DETACH_FILTER, 0 as libc::c_int);
         assert_eq!(detach, Err(Errno::PERM), "the filter is locked");
     }
 

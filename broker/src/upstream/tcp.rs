@@ -16,11 +16,7 @@ use crate::config::UpstreamLimits;
 
 /// Starts a connect; it is decided when the socket becomes writable ([`connect_result`]).
 pub fn start_connect(remote: SocketAddr, limits: &UpstreamLimits) -> Result<OwnedFd, Errno> {
-    let family = if remote.is_ipv4() {
-        AddressFamily::INET
-    } else {
-        AddressFamily::INET6
-    };
+    let family = if remote.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(family, SocketType::STREAM, flags, None)?;
     sockopt::set_tcp_nodelay(&socket, true)?;

@@ -54,18 +54,10 @@ impl Discard {
 /// Opens a connected socket. One that takes no replies is made deaf before it is connected, so
 /// that nothing is ever queued.
 pub fn open(remote: SocketAddr, takes_replies: bool) -> Result<(OwnedFd, Discard), Errno> {
-    let family = if remote.is_ipv4() {
-        AddressFamily::INET
-    } else {
-        AddressFamily::INET6
-    };
+    let family = if remote.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(family, SocketType::DGRAM, flags, None)?;
-    let discard = if takes_replies {
-        Discard::None
-    } else {
-        make_deaf(&socket)
-    };
+    let discard = if takes_replies { Discard::None } else { make_deaf(&socket) };
     let report_errors = if remote.is_ipv4() {
         setsockopt(&socket, Ipv4RecvErr, &true)
     } else {
@@ -129,19 +121,14 @@ pub struct Sender {
 
 impl std::fmt::Debug for Sender {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Sender")
-            .field("gso_size_limit", &self.gso_size_limit)
-            .finish()
+        f.debug_struct("Sender").field("gso_size_limit", &self.gso_size_limit).finish()
     }
 }
 
 impl Sender {
     /// Nothing is known of the route yet.
     pub fn new() -> Self {
-        Sender {
-            gso_size_limit: usize::MAX,
-            headers: MultiHeaders::preallocate(BATCH_MAX, None),
-        }
+        Sender { gso_size_limit: usize::MAX, headers: MultiHeaders::preallocate(BATCH_MAX, None) }
     }
 
     /// Sends the first few of the messages that lie back to back in `bytes` with lengths `lens`;
@@ -204,8 +191,7 @@ impl Sender {
             [],
             flags,
         );
-        sent.map(|sent| sent.count() as u64)
-            .map_err(|error| Errno::from_raw_os_error(error as i32))
+        sent.map(|sent| sent.count() as u64).map_err(|error| Errno::from_raw_os_error(error as i32))
     }
 }
 
@@ -239,8 +225,7 @@ fn send_segmented(socket: impl AsFd, bytes: &[u8], lens: &[usize]) -> Result<u64
         flags,
         None,
     );
-    sent.map(|_| lens.len() as u64)
-        .map_err(|error| Errno::from_raw_os_error(error as i32))
+    sent.map(|_| lens.len() as u64).map_err(|error| Errno::from_raw_os_error(error as i32))
 }
 
 #[cfg(test)]
@@ -251,8 +236,7 @@ mod tests {
 
     fn sink() -> UdpSocket {
         let sink = UdpSocket::bind("127.0.0.1:0").unwrap();
-        sink.set_read_timeout(Some(std::time::Duration::from_secs(5)))
-            .unwrap();
+        sink.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
         sink
     }
 
@@ -315,10 +299,7 @@ mod tests {
         drop(gone);
         let mut sender = Sender::new();
         assert_eq!(sender.send(&socket, b"a", [1].into_iter()), Ok(1));
-        assert_eq!(
-            sender.send(&socket, b"b", [1].into_iter()),
-            Err(Unsent::Refused)
-        );
+        assert_eq!(sender.send(&socket, b"b", [1].into_iter()), Err(Unsent::Refused));
         assert_eq!(sender.send(&socket, b"b", [1].into_iter()), Ok(1));
         assert!(drain_error_queue(&socket) >= 1);
     }

@@ -36,11 +36,7 @@ impl TcpBlackHole {
             fillers.push(filler);
             assert!(fillers.len() < FILLERS_MAX, "the accept queue never fills");
         }
-        TcpBlackHole {
-            address,
-            _listener: listener,
-            _fillers: fillers,
-        }
+        TcpBlackHole { address, _listener: listener, _fillers: fillers }
     }
 
     /// The upstream's URL.
@@ -59,10 +55,7 @@ impl UdpBlackHole {
     /// Binds it.
     pub fn start() -> UdpBlackHole {
         let (socket, port) = bind_somewhere(|port| UdpSocket::bind(("127.0.0.1", port)));
-        UdpBlackHole {
-            address: SocketAddr::from(([127, 0, 0, 1], port)),
-            _socket: socket,
-        }
+        UdpBlackHole { address: SocketAddr::from(([127, 0, 0, 1], port)), _socket: socket }
     }
 
     /// The upstream's URL.

@@ -68,17 +68,10 @@ impl TcpEcho {
 
     /// An echo with these marks and manners.
     pub fn with(marks: Marks, manners: Manners) -> TcpEcho {
-        let state = Arc::new(State {
-            manners: Mutex::new(manners),
-            messages: AtomicU64::new(0),
-        });
+        let state = Arc::new(State { manners: Mutex::new(manners), messages: AtomicU64::new(0) });
         let serving = Arc::clone(&state);
         let serve: Serve = Arc::new(move |_, connection| echo(marks, &serving, connection));
-        TcpEcho {
-            server: TcpServer::start(serve),
-            marks,
-            state,
-        }
+        TcpEcho { server: TcpServer::start(serve), marks, state }
     }
 
     /// The upstream's URL.
@@ -232,11 +225,7 @@ mod tests {
             (Manners::ForgesSecondReply, b"hello\nforged\n"),
             (Manners::NeverReplies, b""),
         ] {
-            assert_eq!(
-                exchange(&TcpEcho::behaving(manners)),
-                expected,
-                "{manners:?}"
-            );
+            assert_eq!(exchange(&TcpEcho::behaving(manners)), expected, "{manners:?}");
         }
     }
 

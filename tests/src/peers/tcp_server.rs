@@ -88,11 +88,7 @@ impl TcpServer {
             let stopping = Arc::clone(&stopping);
             thread::spawn(move || accept_all(&listener, &stopping, &shared, &serve))
         };
-        self.running = Some(Running {
-            listener,
-            stopping,
-            acceptor,
-        });
+        self.running = Some(Running { listener, stopping, acceptor });
     }
 }
 

@@ -37,11 +37,7 @@ impl TcpSink {
         let state = Arc::new(State::default());
         let serving = Arc::clone(&state);
         let serve: Serve = Arc::new(move |number, stream| keep(marks, &serving, number, stream));
-        TcpSink {
-            server: TcpServer::start(serve),
-            marks,
-            state,
-        }
+        TcpSink { server: TcpServer::start(serve), marks, state }
     }
 
     /// The upstream's URL.

@@ -106,9 +106,7 @@ fn echo(socket: &UdpSocket, state: &State) {
                 answer(socket, state, &reply.datagram, reply.to);
             }
         }
-        let next = due
-            .front()
-            .map_or(STOP_CHECK, |reply| (reply.at - now).min(STOP_CHECK));
+        let next = due.front().map_or(STOP_CHECK, |reply| (reply.at - now).min(STOP_CHECK));
         socket
             .set_read_timeout(Some(next.max(Duration::from_micros(10))))
             .expect("a timeout above zero can be set");

@@ -103,10 +103,7 @@ impl UdpSink {
     /// buffer is small. 0 while it is stopped.
     pub fn kernel_drops(&self) -> u64 {
         let sockets = udp_sockets().into_iter();
-        sockets
-            .filter(|socket| socket.local_port == self.port())
-            .map(|socket| socket.drops)
-            .sum()
+        sockets.filter(|socket| socket.local_port == self.port()).map(|socket| socket.drops).sum()
     }
 
     /// Closes the socket: what is sent from now on is refused by ICMP.
@@ -126,9 +123,7 @@ impl UdpSink {
 
     fn run(&mut self, socket: UdpSocket) {
         enlarge_receive_buffer(&socket);
-        socket
-            .set_read_timeout(Some(STOP_CHECK))
-            .expect("a timeout above zero can be set");
+        socket.set_read_timeout(Some(STOP_CHECK)).expect("a timeout above zero can be set");
         let stopping = Arc::new(AtomicBool::new(false));
         let receiver = {
             let (stopping, state) = (Arc::clone(&stopping), Arc::clone(&self.state));
@@ -197,10 +192,7 @@ mod tests {
         let refused = poll_for(PATIENCE, || socket.send(b"lost").err()).unwrap();
         assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
         sink.restart();
-        socket
-            .send(b"kept")
-            .or_else(|_| socket.send(b"kept"))
-            .unwrap();
+        socket.send(b"kept").or_else(|_| socket.send(b"kept")).unwrap();
         assert_eq!(sink.wait_for(1), [b"kept"]);
     }
 }
