@@ -35,10 +35,13 @@ pub const SEND_TIMEOUT: Duration = s(30);
 
 /// Messages of `send` without an outcome: what is in doubt at most when a broker crashes. Large
 /// enough that waiting for outcomes costs a few percent.
-pub const SEND_CHUNK_MESSAGES_MAX: usize = 16_384;
+pub const SEND_CHUNK_MESSAGES_MAX: usize = 65_536;
 
 /// Their bytes, which `send` keeps so that it can repeat what a broker never took.
-pub const SEND_CHUNK_BYTES_MAX: usize = MIB;
+pub const SEND_CHUNK_BYTES_MAX: usize = 4 * MIB;
+
+/// Bytes that `send` hands over at once while it reads on: what a socket takes without waiting.
+pub const SEND_BATCH_BYTES: usize = 1024 * KIB;
 
 /// How much of standard input is read at once.
 pub const INPUT_BLOCK_BYTES: usize = 256 * KIB;
@@ -63,7 +66,7 @@ pub const TIMEOUT_MAX: Duration = DAY;
 pub const DEMO_BATCH_MESSAGES: u64 = 100;
 
 /// Batches of each scene of `demo`.
-pub const DEMO_BATCHES: u64 = 3;
+pub const DEMO_BATCHES: u64 = 10;
 
 /// How long `demo` waits for any one thing.
 pub const DEMO_TIMEOUT: Duration = s(10);

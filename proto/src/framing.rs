@@ -144,6 +144,26 @@ impl Framing {
         Ok(())
     }
 
+    /// As [`Framing::encode`], for a body that a [`Cutter`] of framing `cut_by` gave: a line that
+    /// was cut from lines holds no `\n`, and is not searched again.
+    ///
+    /// # Errors
+    /// As [`Framing::encode`].
+    pub fn encode_cut(
+        self,
+        body: &[u8],
+        cut_by: Option<Framing>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Reason> {
+        if self == Framing::Lines && cut_by == Some(Framing::Lines) {
+            out.reserve(body.len() + 1);
+            out.extend_from_slice(body);
+            out.push(b'\n');
+            return Ok(());
+        }
+        self.encode(body, out)
+    }
+
     /// Bytes that the framing adds to each body.
     #[must_use]
     pub fn overhead_bytes(self) -> usize {

@@ -193,13 +193,20 @@ fn a_full_queue_blocks_or_drops_as_configured() {
         let dropped = count_of(&upstream, "dropped", "queue_full");
         assert!((900..1000).contains(&dropped), "{overflow}: {upstream:#}");
         sink.restart();
+        broker.wait_until_upstream("logs", |upstream| total(upstream, "queued") == 0);
+        let status = broker.status();
+        broker.assert_sums(&status);
+        let upstream = broker.upstream_status("logs");
+        assert_eq!(total(&upstream, "sent"), 1000 - dropped, "{overflow}: {upstream:#}");
         let kept = usize::try_from(1000 - dropped).unwrap();
-        let arrived = sink.wait_for(kept);
-        let first: usize = std::str::from_utf8(&arrived[0]).unwrap().parse().unwrap();
-        let last: usize = std::str::from_utf8(&arrived[kept - 1]).unwrap().parse().unwrap();
+        let arrived: Vec<usize> = sink
+            .wait_for(kept)
+            .iter()
+            .map(|record| std::str::from_utf8(record).unwrap().parse().unwrap())
+            .collect();
         match overflow {
-            "drop-newest" => assert_eq!((first, last), (0, kept - 1)),
-            _ => assert_eq!((first, last), (1000 - kept, 999)),
+            "drop-newest" => assert_eq!(arrived, Vec::from_iter(0..kept)),
+            _ => assert_eq!(arrived, Vec::from_iter(1000 - kept..1000)),
         }
     }
 }

@@ -89,7 +89,7 @@ fn the_demo_needs_nothing_and_shows_every_kind() {
         Command::new(poolbroker_binary()).arg("demo").stdin(Stdio::null()).output().unwrap();
     let shown = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
-    for kind in ["tcp", "udp", "udp-write-only", "fifo", "pipe", "unix"] {
+    for kind in ["tcp", "udp", "udp-write-only", "FIFO", "pipe", "client socket"] {
         assert!(shown.contains(kind), "{kind} is not in\n{shown}");
     }
 }

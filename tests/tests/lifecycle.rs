@@ -4,7 +4,7 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -198,6 +198,10 @@ fn those_who_never_shake_hands_are_closed_and_others_served_meanwhile() {
         .map(|_| UnixStream::connect(broker.runtime_dir().join("broker.sock")).unwrap())
         .collect();
     assert_eq!(ask(broker.runtime_dir(), "echo", b"served").reply(), b"served");
+    // Some of them begin to say hello, and stop.
+    for mut socket in silent.iter().step_by(3) {
+        socket.write_all(b"12345").unwrap();
+    }
     for mut socket in silent {
         socket.set_read_timeout(Some(poolbroker_tests::deadline::PATIENCE)).unwrap();
         let mut said = Vec::new();

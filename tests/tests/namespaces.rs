@@ -25,10 +25,10 @@ fn late_udp_replies_reach_nobody_though_ports_are_used_again() {
     with_ports("40000 40031", "late_udp_replies_reach_nobody_though_ports_are_used_again", || {
         const REQUESTS: u64 = 100_000;
         // The peer answers 50 ms after the request has timed out.
-        let echo = UdpEcho::late_every(50, Duration::from_millis(100));
+        let echo = UdpEcho::late_every(400, Duration::from_millis(100));
         let config = format!(
             "[upstream.echo]\nurl = \"{}\"\nrequest_timeout = \"50ms\"\n\
-             late_reply_window = \"200ms\"\n",
+             late_reply_window = \"150ms\"\n",
             echo.url()
         );
         let broker = Broker::builder().config(&config).start();
@@ -56,12 +56,12 @@ fn late_udp_replies_reach_nobody_though_ports_are_used_again() {
         });
         let (own, failed) = (own.into_inner(), failed.into_inner());
         println!("{own} replies, {failed} failures");
-        assert!(own > REQUESTS / 2, "{own} replies, {failed} failures");
+        assert!(own > REQUESTS / 10 * 9, "{own} replies, {failed} failures");
         let status = broker.status();
         broker.assert_sums(&status);
         let upstream = broker.upstream_status("echo");
         // More sockets were used than there are ports: every port was drawn again and again.
-        assert!(total(&upstream, "connections_opened") > 320, "{upstream:#}");
+        assert!(total(&upstream, "connections_opened") > 128, "{upstream:#}");
         assert!(total(&upstream, "replies_discarded") > 0, "{upstream:#}");
     });
 }

@@ -323,7 +323,7 @@ fn a_flood_of_descriptors_leaves_none_behind() {
     assert_eq!(ask(broker.runtime_dir(), "echo", b"warm").reply(), b"warm");
     let before = broker.wait_until(|status| list(status, "sessions").is_empty());
     let before = (broker.fd_count(), before["sessions"].clone());
-    let (reader, _writer) = io::pipe().unwrap();
+    let (reader, writer) = io::pipe().unwrap();
     for count in [2, 8, 9, 64, 253] {
         for _ in 0..20 {
             let (client, handle) = client(&broker, "echo");
@@ -335,6 +335,8 @@ fn a_flood_of_descriptors_leaves_none_behind() {
         }
         assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
     }
+    // What was taken is read to its end.
+    drop(writer);
     wait_for("every descriptor is closed", || (broker.fd_count() == before.0).then_some(()));
     assert_eq!(broker.status()["sessions"], before.1);
 }
@@ -343,6 +345,9 @@ fn a_flood_of_descriptors_leaves_none_behind() {
 fn descriptors_that_no_message_announces_end_the_session() {
     let sink = UdpSink::start();
     let broker = Broker::start(&[format!("metrics={}", sink.url_write_only())]);
+    let (mut other, other_handle) = client(&broker, "metrics");
+    other.send(other_handle, b"opens the connection");
+    other.flush(other_handle);
     let before = broker.fd_count();
     let (reader, _writer) = io::pipe().unwrap();
     let (mut client, handle) = client(&broker, "metrics");

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use poolbroker_proto::address::{Host, Protocol, UpstreamUrl, check_upstream_name};
 use poolbroker_proto::frame::{self, Deframer, Frame, Kind};
-use poolbroker_proto::framing::{Cut, Tail};
+use poolbroker_proto::framing::{Cut, Framing, Tail};
 use poolbroker_proto::message::{Attachment, BrokerMessage, ClientMessage, Failure, Retry, decode};
 use poolbroker_proto::reason::Reason;
 
@@ -82,11 +82,12 @@ pub enum Served {
     Ended(Reason),
 }
 
-/// Consecutive messages to one upstream.
+/// Where a one-way message goes, and whether it was cut from a stream of its own.
 #[derive(Debug, Clone, Copy)]
-struct Run {
+struct Route {
     handle: u16,
     upstream: usize,
+    cut_by: Option<Framing>,
 }
 
 /// What was taken in this turn.
@@ -94,7 +95,8 @@ struct Run {
 struct Taken {
     messages: usize,
     bytes: usize,
-    run: Option<Run>,
+    /// Where the messages staged and not yet accepted go.
+    run: Option<Route>,
 }
 
 /// Serves one source for one turn.
@@ -227,15 +229,18 @@ fn push(
     session: &mut crate::session::Session,
     id: SourceId,
     taken: &mut Taken,
-    (handle, upstream): (u16, usize),
+    route: Route,
     body: &[u8],
 ) -> bool {
+    let Route { handle, upstream, cut_by } = route;
     if taken.run.is_some_and(|run| run.handle != handle) {
         accept(desk, session, id, taken);
     }
     let outlet = &mut desk.upstreams[upstream];
-    match outlet.push(body) {
-        Push::Staged => taken.run = Some(Run { handle, upstream }),
+    match outlet.push(body, cut_by) {
+        Push::Staged => {
+            taken.run.get_or_insert(route);
+        }
         Push::Full => return false,
         Push::Dropped => {
             accept(desk, session, id, taken);
@@ -319,8 +324,8 @@ fn handle_frame(
                 source.session.handle_refused(None, Reason::UnknownUpstream);
                 return Ok(Step::Next);
             };
-            let place = (header.upstream, upstream);
-            if !push(desk, &mut source.session, id, taken, place, frame.body) {
+            let route = Route { handle: header.upstream, upstream, cut_by: None };
+            if !push(desk, &mut source.session, id, taken, route, frame.body) {
                 return Ok(Step::Stop(Served::Blocked { upstream }));
             }
         }
@@ -540,7 +545,7 @@ fn attach(
 // FIFOs, pipes, socketpairs.
 
 fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut Taken) -> Step {
-    let Source { session, io, buffer, cutter, awaits_reply, .. } = source;
+    let Source { session, io, buffer, cutter, framing, awaits_reply, .. } = source;
     let (Some(buffer), Some(cutter)) = (buffer, cutter) else {
         return Step::NeedsBytes;
     };
@@ -562,8 +567,11 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
                 }
                 *awaits_reply = true;
                 desk.touched.push(upstream);
-            } else if !push(desk, session, id, taken, (0, upstream), body) {
-                return Step::Stop(Served::Blocked { upstream });
+            } else {
+                let route = Route { handle: 0, upstream, cut_by: Some(*framing) };
+                if !push(desk, session, id, taken, route, body) {
+                    return Step::Stop(Served::Blocked { upstream });
+                }
             }
             buffer.consume(consumed);
             Step::Next
@@ -595,7 +603,8 @@ fn end_of_input(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, reason: 
         (Tail::Message(body), Some(upstream)) if matches!(io, Io::Pipe(_)) => {
             let mut taken = Taken::default();
             let body = &buffer.unread()[body];
-            if !push(desk, session, id, &mut taken, (0, upstream), body) {
+            let route = Route { handle: 0, upstream, cut_by: None };
+            if !push(desk, session, id, &mut taken, route, body) {
                 // The end will be read again.
                 source.is_readable = true;
                 return Served::Blocked { upstream };

@@ -47,6 +47,9 @@ use crate::transport::unix::{self, Stream};
 use crate::upstream::resolve::Resolver;
 use crate::upstream::sockopt;
 
+/// Runs of sources per turn, if fewer are ready: 2,048 messages, a fraction of a millisecond.
+const RUNS_PER_TURN: usize = 32;
+
 /// Clients accepted in a row before others have their turn.
 const ACCEPTS_MAX: usize = 64;
 
@@ -431,15 +434,17 @@ impl Shard {
                 }
             }
             self.sources.make_due(id);
+            if self.sources.has_ended(id) {
+                return;
+            }
         }
         self.sources.schedule(id);
     }
 
     fn serve_ready(&mut self) {
-        for _ in 0..self.sources.ready_count() {
-            let Some(id) = self.sources.pop_ready() else {
-                return;
-            };
+        // Each ready source has a run; what is left of the turn goes round again.
+        for _ in 0..self.sources.ready_count().max(RUNS_PER_TURN) {
+            let Some(id) = self.sources.pop_ready() else { return };
             let mut desk = Desk {
                 now: self.now,
                 upstreams: &mut self.upstreams,

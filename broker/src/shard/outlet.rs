@@ -154,8 +154,9 @@ impl Upstream {
 
     // From sources.
 
-    /// Stages one one-way message. Its checks run on the copy that will be sent.
-    pub fn push(&mut self, body: &[u8]) -> Push {
+    /// Stages one one-way message. Its checks run on the copy that will be sent; `cut_by` is the
+    /// framing that cut it from a stream of its own, if one did.
+    pub fn push(&mut self, body: &[u8], cut_by: Option<Framing>) -> Push {
         if body.is_empty() {
             return Push::Refused(Reason::Empty);
         }
@@ -178,7 +179,7 @@ impl Upstream {
                 }
             }
         }
-        match self.send_buffer.append(|out| framing.encode(body, out)) {
+        match self.send_buffer.append(|out| framing.encode_cut(body, cut_by, out)) {
             Ok(bytes) => {
                 self.pool.stage(bytes);
                 Push::Staged

@@ -122,6 +122,11 @@ impl Sources {
         self.table.get(source).map(|source| source.session.id)
     }
 
+    /// Whether nothing more is read from a source.
+    pub fn has_ended(&self, id: SourceId) -> bool {
+        self.table.get(id).is_none_or(|source| source.ended.is_some())
+    }
+
     // Whose turn it is.
 
     /// Puts a source behind the others that are ready.
