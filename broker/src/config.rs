@@ -41,7 +41,7 @@ pub const SEND_CHUNK_MESSAGES_MAX: usize = 65_536;
 pub const SEND_CHUNK_BYTES_MAX: usize = 4 * MIB;
 
 /// Bytes that `send` hands over at once while it reads on: what a socket takes without waiting.
-pub const SEND_BATCH_BYTES: usize = 1024 * KIB;
+pub const SEND_BATCH_BYTES: usize = 16 * KIB;
 
 /// How much of standard input is read at once.
 pub const INPUT_BLOCK_BYTES: usize = 256 * KIB;

@@ -10,6 +10,8 @@
 //! others waiting, and a turn that leaves work behind does not wait. All data of a shard stays in
 //! its thread; the other threads send it [`Command`]s.
 
+mod drain;
+mod entrance;
 mod intake;
 mod outlet;
 mod sources;
@@ -23,29 +25,26 @@ use crossbeam_channel::Sender;
 use poolbroker_proto::address::{Host, Protocol};
 use poolbroker_proto::frame::{Deframer, Kind};
 use poolbroker_proto::framing::{Cutter, Framing};
-use poolbroker_proto::message::{Attachment, BrokerMessage, Failure, Retry};
+use poolbroker_proto::message::BrokerMessage;
 use poolbroker_proto::reason::Reason;
 use rustix::io::Errno;
 
 use self::intake::{Desk, Order, Served};
 use self::outlet::{Context, Upstream};
-use self::sources::{Source, Sources};
+use self::sources::Sources;
 use crate::buffer::Spares;
 use crate::closer::Closer;
 use crate::config::{BrokerLimits, Config, Dynamic, UpstreamLimits};
 use crate::mailbox::Mailbox;
 use crate::poller::{Poller, Readiness, Token};
 use crate::pool::ConnId;
-use crate::quota::{QuotaLimits, Quotas, Resource};
-use crate::session::{Peer, Session, SessionLimits, SourceId, Transport};
+use crate::quota::{QuotaLimits, Quotas};
+use crate::session::SourceId;
 use crate::snapshot::{ListenerSnapshot, Snapshot, by_reason};
 use crate::stats::Tally;
 use crate::timers::Time;
 use crate::transport::Io;
-use crate::transport::pipe::Pipe;
-use crate::transport::unix::{self, Stream};
 use crate::upstream::resolve::Resolver;
-use crate::upstream::sockopt;
 
 /// Runs of sources per turn, if fewer are ready: 2,048 messages, a fraction of a millisecond.
 const RUNS_PER_TURN: usize = 32;
@@ -244,7 +243,7 @@ impl Shard {
                 fd: Some(listener),
                 path: parts.listener_path,
                 token,
-                spare: spare_descriptor(),
+                spare: entrance::spare_descriptor(),
                 resumes_at: None,
                 accepted: 0,
                 refused: Tally::default(),
@@ -517,280 +516,6 @@ impl Shard {
         }
     }
 
-    // Clients.
-
-    fn accept_clients(&mut self) {
-        for _ in 0..ACCEPTS_MAX {
-            let Some(listener) = &self.listener.fd else {
-                return;
-            };
-            match unix::accept(listener) {
-                Ok((socket, credentials)) => {
-                    let pid = credentials.pid.as_raw_nonzero().get();
-                    let peer = Peer { pid, uid: credentials.uid.as_raw() };
-                    self.add_client(Io::Unix(socket), peer);
-                }
-                Err(Errno::AGAIN) => return,
-                Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
-                    return self.turn_one_away();
-                }
-                // The client that waited is gone, or the like: there may be others.
-                Err(_) => {}
-            }
-        }
-    }
-
-    /// No descriptor is left: one client is told so with the spare one, then the listener rests.
-    fn turn_one_away(&mut self) {
-        self.listener.refused.add(Reason::Quota, 1);
-        self.listener.spare = None;
-        if let Some(listener) = &self.listener.fd {
-            if let Ok((mut socket, _)) = unix::accept(listener) {
-                let text = "the broker has no file descriptor left: raise its LimitNOFILE";
-                refuse_client(&mut socket.stream, Reason::Quota, text.to_owned());
-            }
-            self.poller.set_listening(listener, self.listener.token, false);
-        }
-        self.listener.spare = spare_descriptor();
-        if self.listener.resumes_at.is_none() {
-            tracing::warn!("no file descriptor left for another client: raise LimitNOFILE");
-        }
-        self.listener.resumes_at = Some(self.now + ACCEPT_PAUSE);
-    }
-
-    fn add_client(&mut self, mut io: Io, peer: Peer) {
-        let charge = match self.quotas.charge(peer.uid, Resource::Sessions, 1) {
-            Ok(charge) => charge,
-            Err(exceeded) => {
-                self.listener.refused.add(Reason::Quota, 1);
-                if let Some(stream) = io.stream_mut() {
-                    let uid = peer.uid;
-                    let text = format!(
-                        "{}: uid {uid} may have {} sessions now (sessions_percent_max of the \
-                         broker's LimitNOFILE)",
-                        Reason::Quota,
-                        exceeded.limit
-                    );
-                    refuse_client(stream, Reason::Quota, text);
-                }
-                return;
-            }
-        };
-        let id = self.take_session_id();
-        let session = Session::connected(self.now, id, peer, self.session_limits());
-        let source = Source {
-            _session_charge: Some(charge),
-            buffer_charge: self.quotas.charge(peer.uid, Resource::QueuedBytes, 0).ok(),
-            descriptor_charge: self.quotas.charge(peer.uid, Resource::Descriptors, 0).ok(),
-            ..self.new_source(session, io, None, Framing::Raw)
-        };
-        self.listener.accepted += 1;
-        if let Err((error, _)) = self.add_source(source) {
-            tracing::error!(%error, "a client cannot be watched");
-        }
-    }
-
-    fn add_fifo(&mut self, fifo: OpenFifo) -> Result<(), Errno> {
-        let peer = Peer { pid: 0, uid: rustix::process::geteuid().as_raw() };
-        let id = self.take_session_id();
-        let limits = self.session_limits();
-        let session = Session::bound(id, peer, Transport::Fifo, limits, fifo.upstream);
-        let record_max = self.limits.fifo_record_bytes_max - fifo.framing.overhead_bytes();
-        let message_max = self.upstreams[fifo.upstream].config.limits.message_bytes_max;
-        let cutter = Cutter::new(fifo.framing, record_max.min(message_max));
-        let source = self.new_source(session, Io::Fifo(fifo.fd), Some(cutter), fifo.framing);
-        let id = self.add_source(source).map_err(|(error, _)| error)?;
-        self.fifo_paths.push((id, fifo.path));
-        Ok(())
-    }
-
-    fn new_source(
-        &self,
-        session: Session,
-        io: Io,
-        cutter: Option<Cutter>,
-        framing: Framing,
-    ) -> Source {
-        Source {
-            session,
-            io,
-            token: Token::default(),
-            buffer: None,
-            cutter,
-            framing,
-            is_readable: true,
-            is_ending: false,
-            is_hung_up: false,
-            is_ready: false,
-            is_blocked: false,
-            awaits_reply: false,
-            ended: None,
-            parent: None,
-            children: 0,
-            _session_charge: None,
-            buffer_charge: None,
-            descriptor_charge: None,
-            scheduled_at: None,
-        }
-    }
-
-    fn add_source(&mut self, source: Source) -> Result<SourceId, (Errno, Box<Source>)> {
-        let id = self.sources.table.insert(source);
-        let watched = self.poller.watch(&self.sources.table[id].io, Target::Source(id));
-        match watched {
-            Ok(token) => {
-                self.sources.table[id].token = token;
-                self.sources.schedule(id);
-                // It may have been written to before it was watched.
-                self.sources.make_ready(id);
-                Ok(id)
-            }
-            Err(error) => {
-                let source = self.sources.remove(id).expect("it was inserted above");
-                Err((error, Box::new(source)))
-            }
-        }
-    }
-
-    fn take_session_id(&mut self) -> u64 {
-        let id = self.next_session_id;
-        self.next_session_id += 1;
-        id
-    }
-
-    fn session_limits(&self) -> SessionLimits {
-        SessionLimits {
-            handshake_timeout: self.limits.handshake_timeout,
-            partial_timeout: self.limits.partial_timeout,
-            descriptor_timeout: self.limits.descriptor_timeout,
-            requests_in_flight_max: self.limits.requests_in_flight_max,
-        }
-    }
-
-    // Passed descriptors.
-
-    fn carry_out(&mut self, order: Order) {
-        let Order::Attach { source, correlation, upstream, attachment, descriptor } = order;
-        let answer = self.attach(source, upstream, attachment, descriptor);
-        let Some(parent) = self.sources.table.get_mut(source) else {
-            return;
-        };
-        match answer {
-            Ok(session) => {
-                parent.children += 1;
-                let message = BrokerMessage::Attached { session };
-                parent.tell_control(Kind::Control, correlation, &message);
-            }
-            Err(reason) => {
-                parent.session.handle_refused(None, reason);
-                let text = match reason {
-                    Reason::BadDescriptor => format!("{reason}: {}", wanted(attachment)),
-                    reason => reason.to_string(),
-                };
-                let failure = Failure { reason, retry: Retry::NotSent, text };
-                parent.tell_control(Kind::Failure, correlation, &failure);
-            }
-        }
-        self.sources.make_due(source);
-    }
-
-    /// Reads a passed descriptor as a session of its own; its id.
-    fn attach(
-        &mut self,
-        parent: SourceId,
-        upstream: usize,
-        attachment: Attachment,
-        descriptor: OwnedFd,
-    ) -> Result<u64, Reason> {
-        let peer = match self.sources.table.get(parent) {
-            Some(parent) if self.phase == Phase::Running => parent.session.peer,
-            _ => {
-                self.closer.close(descriptor);
-                return Err(Reason::ShuttingDown);
-            }
-        };
-        let charges = (
-            self.quotas.charge(peer.uid, Resource::Sessions, 1),
-            self.quotas.charge(peer.uid, Resource::QueuedBytes, 0),
-        );
-        let (Ok(session_charge), Ok(buffer_charge)) = charges else {
-            self.closer.close(descriptor);
-            return Err(Reason::Quota);
-        };
-        let config = &self.upstreams[upstream].config;
-        let message_bytes_max = config.limits.message_bytes_max;
-        let (io, transport, framing) = match attachment {
-            Attachment::Pipe => {
-                (Pipe::from_passed(descriptor).map(Io::Pipe), Transport::Pipe, Framing::Lines)
-            }
-            Attachment::Socketpair => {
-                let io = Stream::from_passed(descriptor).map(Io::Socketpair);
-                (io, Transport::Socketpair, config.url.framing)
-            }
-        };
-        let io = match io {
-            Ok(io) => io,
-            Err(descriptor) => {
-                self.closer.close(descriptor);
-                return Err(Reason::BadDescriptor);
-            }
-        };
-        let id = self.take_session_id();
-        let session = Session::bound(id, peer, transport, self.session_limits(), upstream);
-        let cutter = Cutter::new(framing, message_bytes_max);
-        let source = Source {
-            parent: Some(parent),
-            _session_charge: Some(session_charge),
-            buffer_charge: Some(buffer_charge),
-            ..self.new_source(session, io, Some(cutter), framing)
-        };
-        match self.add_source(source) {
-            Ok(_) => {
-                self.watch_process(parent);
-                Ok(id)
-            }
-            Err((error, source)) => {
-                tracing::warn!(%error, "a passed descriptor cannot be watched");
-                for descriptor in source.io.into_passed() {
-                    self.closer.close(descriptor);
-                }
-                Err(Reason::BadDescriptor)
-            }
-        }
-    }
-
-    /// From its first passed descriptor on, the death of a client shows by its pidfd: what it
-    /// passed may keep its own socket open (M8, E8g).
-    fn watch_process(&mut self, id: SourceId) {
-        if self.pidfds.contains_key(id) {
-            return;
-        }
-        let Some(source) = self.sources.table.get(id) else {
-            return;
-        };
-        // Before Linux 6.5 there is none; a client is then gone when its socket says so.
-        if let Ok(pidfd) = sockopt::peer_pidfd(&source.io)
-            && let Ok(token) = self.poller.watch(&pidfd, Target::Process(id))
-        {
-            self.pidfds.insert(id, (pidfd, token));
-        }
-    }
-
-    fn handle_process_end(&mut self, id: SourceId) {
-        if let Some(source) = self.sources.table.get_mut(id) {
-            source.is_hung_up = true;
-            source.is_readable = true;
-            if source.ended.is_none() && source.io.stream().is_some() {
-                // What it wrote is still taken; then its socket shows its end.
-                if let Io::Unix(socket) = &source.io {
-                    socket.stream.stop_reading();
-                }
-            }
-            self.sources.make_ready(id);
-            self.sources.make_due(id);
-        }
-    }
-
     // Endings.
 
     /// Removes a source that is done: cancels its requests, closes its descriptor, tells the
@@ -836,121 +561,6 @@ impl Shard {
         }
     }
 
-    // Shutting down.
-
-    fn begin_drain(&mut self) {
-        if self.phase != Phase::Running {
-            return;
-        }
-        let deadline = self.now + self.limits.drain_timeout;
-        self.phase = Phase::Draining { deadline, is_last_pass: false };
-        if let Some(listener) = self.listener.fd.take() {
-            self.poller.unwatch(&listener, self.listener.token);
-        }
-        let ids: Vec<_> = self.sources.table.keys().collect();
-        for id in ids {
-            let source = &mut self.sources.table[id];
-            // A client's next write fails; what it wrote before is read to its end.
-            if let Some(stream) = source.io.stream() {
-                stream.stop_reading();
-            }
-            source.is_readable = true;
-            self.sources.make_ready(id);
-        }
-    }
-
-    /// Takes the next step of shutting down, if it is time.
-    fn advance_drain(&mut self) -> Option<Ending> {
-        match self.phase {
-            Phase::Running => None,
-            Phase::Draining { deadline, .. } if self.now >= deadline => {
-                self.abandon();
-                self.begin_closing(self.now + CLOSING_GRACE);
-                self.advance_drain()
-            }
-            Phase::Draining { deadline, is_last_pass } => {
-                let is_quiet = self.sources.ready_count() == 0
-                    && !self.sources.has_starved()
-                    && self.upstreams.iter().all(|upstream| upstream.pool.is_settled())
-                    && self.sources.table.values().all(is_at_its_end);
-                if !is_quiet {
-                    self.phase = Phase::Draining { deadline, is_last_pass: false };
-                } else if is_last_pass {
-                    self.begin_closing(deadline);
-                    return self.advance_drain();
-                } else {
-                    // FIFOs and pipes have no end of their own: one more look at all of them.
-                    for id in self.sources.table.keys().collect::<Vec<_>>() {
-                        self.sources.table[id].is_readable = true;
-                        self.sources.make_ready(id);
-                    }
-                    self.phase = Phase::Draining { deadline, is_last_pass: true };
-                }
-                None
-            }
-            Phase::Closing { deadline } => {
-                let closed = self.upstreams.iter().all(Upstream::is_closed);
-                let told = self.sources.table.values().all(|s| matches!(s.io, Io::Fifo(_)));
-                ((closed && told) || self.now >= deadline).then(|| self.ending())
-            }
-        }
-    }
-
-    fn begin_closing(&mut self, deadline: Time) {
-        self.phase = Phase::Closing { deadline };
-        // Attached pipes first, so that their parents hear of it.
-        let mut ids: Vec<_> = self.sources.table.keys().collect();
-        ids.sort_by_key(|id| self.sources.table[*id].parent.is_none());
-        for id in ids {
-            let source = &mut self.sources.table[id];
-            if source.buffer.take().is_some_and(|buffer| !buffer.is_empty()) {
-                let handle = source.cutter.is_some().then_some(0);
-                source.session.handle_refused(handle, Reason::Partial);
-            }
-            if !matches!(source.io, Io::Fifo(_)) {
-                source.ended = Some(Reason::Drained);
-                self.end(id);
-            }
-        }
-        for upstream in 0..self.upstreams.len() {
-            self.upstreams[upstream].pool.close_down(self.now);
-            self.work_on(upstream);
-        }
-    }
-
-    /// The time to drain is over: what is not sent now is dropped and counted.
-    fn abandon(&mut self) {
-        for upstream in 0..self.upstreams.len() {
-            let pool = &mut self.upstreams[upstream].pool;
-            self.given_up += pool.queued() + pool.in_flight() as u64;
-            // Twice: a message that was partly written goes once its connection is closed.
-            for _ in 0..2 {
-                self.upstreams[upstream].pool.abandon(self.now, Reason::DrainTimeout);
-                self.work_on(upstream);
-            }
-        }
-        for source in self.sources.table.values_mut() {
-            let unread = source.buffer.as_ref().is_some_and(|buffer| !buffer.is_empty());
-            let pending = rustix::io::ioctl_fionread(&source.io).unwrap_or(0);
-            if unread || pending > 0 {
-                self.given_up += 1;
-                tracing::warn!(
-                    session = source.session.id,
-                    transport = source.session.transport.name(),
-                    unread_bytes = pending,
-                    "not everything could be read before drain_timeout"
-                );
-            }
-        }
-    }
-
-    fn ending(&self) -> Ending {
-        match self.given_up {
-            0 => Ending::Clean,
-            messages => Ending::Undelivered { messages },
-        }
-    }
-
     fn snapshot(&mut self) -> Snapshot {
         let client_socket = ListenerSnapshot {
             kind: "unix",
@@ -985,37 +595,4 @@ impl Shard {
             sessions: self.sources.snapshot(),
         }
     }
-}
-
-/// Whether a source has nothing more to hand over, as far as is known.
-fn is_at_its_end(source: &Source) -> bool {
-    match source.io {
-        // Read to the end, and told; or kept by what it attached.
-        Io::Unix(_) => source.ended.is_some() && source.children > 0,
-        Io::Socketpair(_) => false,
-        Io::Fifo(_) | Io::Pipe(_) => !source.is_blocked,
-    }
-}
-
-fn wanted(attachment: Attachment) -> &'static str {
-    match attachment {
-        Attachment::Pipe => "the read end of a pipe or FIFO is wanted",
-        Attachment::Socketpair => "one end of a Unix stream socketpair is wanted",
-    }
-}
-
-fn refuse_client(stream: &mut Stream, reason: Reason, text: String) {
-    let failure = Failure { reason, retry: Retry::NotSent, text };
-    let header = poolbroker_proto::frame::FrameHeader::new(Kind::Failure);
-    if let Ok(body) = poolbroker_proto::message::encode(&failure)
-        && header.append(&body, stream.out()).is_ok()
-    {
-        // A fresh socket takes this; if not, the client sees the end alone.
-        let _ = stream.flush();
-    }
-}
-
-/// A descriptor to give up when there is no other (R1).
-fn spare_descriptor() -> Option<OwnedFd> {
-    rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).ok()
 }

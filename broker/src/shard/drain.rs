@@ -1,0 +1,144 @@
+//! How a shard ends: everything handed over before is sent, in order, then the connections close.
+//!
+//! ```text
+//!   Running --SIGTERM--> Draining --all found empty twice--> Closing --connections gone--> (ended)
+//!                           | drain_timeout                     ^
+//!                           +--- the rest is dropped, counted --+
+//! ```
+//!
+//! Clients are read to their ends: the socket takes nothing more from them at once, so that the
+//! end comes and nothing is lost in between. FIFOs and pipes have no such end; they are done when
+//! a pass over all of them, after everything else is settled, finds them empty.
+
+use poolbroker_proto::reason::Reason;
+
+use super::outlet::Upstream;
+use super::sources::Source;
+use super::{CLOSING_GRACE, Ending, Phase, Shard};
+use crate::timers::Time;
+use crate::transport::Io;
+
+impl Shard {
+    pub(super) fn begin_drain(&mut self) {
+        if self.phase != Phase::Running {
+            return;
+        }
+        let deadline = self.now + self.limits.drain_timeout;
+        self.phase = Phase::Draining { deadline, is_last_pass: false };
+        if let Some(listener) = self.listener.fd.take() {
+            self.poller.unwatch(&listener, self.listener.token);
+        }
+        let ids: Vec<_> = self.sources.table.keys().collect();
+        for id in ids {
+            let source = &mut self.sources.table[id];
+            // A client's next write fails; what it wrote before is read to its end.
+            if let Some(stream) = source.io.stream() {
+                stream.stop_reading();
+            }
+            source.is_readable = true;
+            self.sources.make_ready(id);
+        }
+    }
+
+    /// Takes the next step of shutting down, if it is time.
+    pub(super) fn advance_drain(&mut self) -> Option<Ending> {
+        match self.phase {
+            Phase::Running => None,
+            Phase::Draining { deadline, .. } if self.now >= deadline => {
+                self.abandon();
+                self.begin_closing(self.now + CLOSING_GRACE);
+                self.advance_drain()
+            }
+            Phase::Draining { deadline, is_last_pass } => {
+                let is_quiet = self.sources.ready_count() == 0
+                    && !self.sources.has_starved()
+                    && self.upstreams.iter().all(|upstream| upstream.pool.is_settled())
+                    && self.sources.table.values().all(is_at_its_end);
+                if !is_quiet {
+                    self.phase = Phase::Draining { deadline, is_last_pass: false };
+                } else if is_last_pass {
+                    self.begin_closing(deadline);
+                    return self.advance_drain();
+                } else {
+                    // FIFOs and pipes have no end of their own: one more look at all of them.
+                    for id in self.sources.table.keys().collect::<Vec<_>>() {
+                        self.sources.table[id].is_readable = true;
+                        self.sources.make_ready(id);
+                    }
+                    self.phase = Phase::Draining { deadline, is_last_pass: true };
+                }
+                None
+            }
+            Phase::Closing { deadline } => {
+                let closed = self.upstreams.iter().all(Upstream::is_closed);
+                let told = self.sources.table.values().all(|s| matches!(s.io, Io::Fifo(_)));
+                ((closed && told) || self.now >= deadline).then(|| self.ending())
+            }
+        }
+    }
+
+    fn begin_closing(&mut self, deadline: Time) {
+        self.phase = Phase::Closing { deadline };
+        // Attached pipes first, so that their parents hear of it.
+        let mut ids: Vec<_> = self.sources.table.keys().collect();
+        ids.sort_by_key(|id| self.sources.table[*id].parent.is_none());
+        for id in ids {
+            let source = &mut self.sources.table[id];
+            if source.buffer.take().is_some_and(|buffer| !buffer.is_empty()) {
+                let handle = source.cutter.is_some().then_some(0);
+                source.session.handle_refused(handle, Reason::Partial);
+            }
+            if !matches!(source.io, Io::Fifo(_)) {
+                source.ended = Some(Reason::Drained);
+                self.end(id);
+            }
+        }
+        for upstream in 0..self.upstreams.len() {
+            self.upstreams[upstream].pool.close_down(self.now);
+            self.work_on(upstream);
+        }
+    }
+
+    /// The time to drain is over: what is not sent now is dropped and counted.
+    fn abandon(&mut self) {
+        for upstream in 0..self.upstreams.len() {
+            let pool = &mut self.upstreams[upstream].pool;
+            self.given_up += pool.queued() + pool.in_flight() as u64;
+            // Twice: a message that was partly written goes once its connection is closed.
+            for _ in 0..2 {
+                self.upstreams[upstream].pool.abandon(self.now, Reason::DrainTimeout);
+                self.work_on(upstream);
+            }
+        }
+        for source in self.sources.table.values_mut() {
+            let unread = source.buffer.as_ref().is_some_and(|buffer| !buffer.is_empty());
+            let pending = rustix::io::ioctl_fionread(&source.io).unwrap_or(0);
+            if unread || pending > 0 {
+                self.given_up += 1;
+                tracing::warn!(
+                    session = source.session.id,
+                    transport = source.session.transport.name(),
+                    unread_bytes = pending,
+                    "not everything could be read before drain_timeout"
+                );
+            }
+        }
+    }
+
+    fn ending(&self) -> Ending {
+        match self.given_up {
+            0 => Ending::Clean,
+            messages => Ending::Undelivered { messages },
+        }
+    }
+}
+
+/// Whether a source has nothing more to hand over, as far as is known.
+fn is_at_its_end(source: &Source) -> bool {
+    match source.io {
+        // Read to the end, and told; or kept by what it attached.
+        Io::Unix(_) => source.ended.is_some() && source.children > 0,
+        Io::Socketpair(_) => false,
+        Io::Fifo(_) | Io::Pipe(_) => !source.is_blocked,
+    }
+}
