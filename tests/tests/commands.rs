@@ -25,7 +25,7 @@ fn send_takes_one_message_as_argument_and_many_as_lines() {
     drop(stdin);
     assert_eq!(child.wait().unwrap().code(), Some(0));
     let expected = lines.lines().map(|line| line.as_bytes().to_vec());
-    assert!(sink.received().into_iter().skip(1).eq(expected), "order or content changed");
+    assert!(sink.wait_for(10_001).into_iter().skip(1).eq(expected), "order or content changed");
     assert_eq!(total(&broker.upstream_status("logs"), "sent"), 10_001);
 }
 

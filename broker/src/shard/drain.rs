@@ -102,8 +102,15 @@ impl Shard {
     /// The time to drain is over: what is not sent now is dropped and counted.
     fn abandon(&mut self) {
         for upstream in 0..self.upstreams.len() {
-            let pool = &mut self.upstreams[upstream].pool;
-            self.given_up += pool.queued() + pool.in_flight() as u64;
+            let Upstream { pool, config, .. } = &self.upstreams[upstream];
+            let (queued, in_flight) = (pool.queued(), pool.in_flight());
+            if queued > 0 || in_flight > 0 {
+                tracing::warn!(
+                    upstream = config.name, queued, in_flight,
+                    "given up after drain_timeout"
+                );
+            }
+            self.given_up += queued + in_flight as u64;
             // Twice: a message that was partly written goes once its connection is closed.
             for _ in 0..2 {
                 self.upstreams[upstream].pool.abandon(self.now, Reason::DrainTimeout);

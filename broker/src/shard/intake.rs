@@ -23,6 +23,9 @@ use crate::stats::Settled;
 use crate::timers::Time;
 use crate::transport::{Io, Read};
 
+/// How much of a client's own text is repeated to it (M24).
+const CLIENT_TEXT_CHARS_MAX: usize = 64;
+
 /// What the shard lends to a source for its turn.
 pub struct Desk<'a> {
     /// This turn's moment.
@@ -236,16 +239,19 @@ fn push(
     if taken.run.is_some_and(|run| run.handle != handle) {
         accept(desk, session, id, taken);
     }
-    let outlet = &mut desk.upstreams[upstream];
-    match outlet.push(body, cut_by) {
+    let mut pushed = desk.upstreams[upstream].push(body, cut_by);
+    if pushed == Push::Dropped && taken.run.is_some() {
+        // What this run staged has to be accepted before it can make room.
+        accept(desk, session, id, taken);
+        pushed = desk.upstreams[upstream].push(body, cut_by);
+    }
+    match pushed {
         Push::Staged => {
             taken.run.get_or_insert(route);
         }
         Push::Full => return false,
         Push::Dropped => {
-            accept(desk, session, id, taken);
-            let outlet = &mut desk.upstreams[upstream];
-            outlet.pool.drop_newest(1);
+            desk.upstreams[upstream].pool.drop_newest(1);
             session.handle_accepted(handle, 1);
             session.handle_settled(upstream, Settled::Dropped(Reason::QueueFull), 1);
         }
@@ -456,8 +462,8 @@ fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
             [] => "none is configured".to_owned(),
             names => format!("there are: {}", names.join(", ")),
         };
-        let name = name.escape_debug().to_string();
-        return Err((Reason::UnknownUpstream, format!("unknown upstream \"{name}\"; {known}")));
+        let name = name.chars().take(CLIENT_TEXT_CHARS_MAX).collect::<String>();
+        return Err((Reason::UnknownUpstream, format!("unknown upstream {name:?}; {known}")));
     };
     opened(desk, source, upstream)
 }

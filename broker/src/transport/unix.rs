@@ -7,8 +7,9 @@ use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use nix::sys::stat::{Mode, fchmod};
-use nix::unistd::{Gid, fchown};
+use nix::fcntl::AT_FDCWD;
+use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, umask};
+use nix::unistd::{Gid, chown};
 use poolbroker_proto::fd;
 use rustix::io::Errno;
 use rustix::net::{
@@ -25,16 +26,23 @@ use crate::upstream::sockopt as raw_sockopt;
 const BACKLOG: i32 = 4_096;
 
 /// Opens a listening socket at `path`, which must not exist. The mode is set before the socket
-/// has a name, so that there is no moment with a wider one (E18).
+/// has a name, so that there is no moment with a wider one (E18); one with a group is opened to
+/// the group once it is the right one. Changes the umask meanwhile: call it from the only thread.
 pub fn open_listener(path: &Path, mode: u32, group: Option<Gid>) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     let plain = |error: nix::errno::Errno| Errno::from_raw_os_error(error as i32);
-    fchmod(&socket, Mode::from_bits_truncate(mode)).map_err(plain)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    let mode = Mode::from_bits_truncate(mode);
+    let private = Mode::S_IRUSR | Mode::S_IWUSR;
+    fchmod(&socket, if group.is_some() { private } else { mode }).map_err(plain)?;
+    let umask_before = umask(Mode::empty());
+    let bound = bind(&socket, &SocketAddrUnix::new(path)?);
+    umask(umask_before);
+    bound?;
     if group.is_some() {
-        fchown(&socket, None, group).map_err(plain)?;
-        nix::unistd::chown(path, None, group).map_err(plain)?;
+        // By path, for lack of another way; only the broker's user can put something else there.
+        chown(path, None, group).map_err(plain)?;
+        fchmodat(AT_FDCWD, path, mode, FchmodatFlags::NoFollowSymlink).map_err(plain)?;
     }
     listen(&socket, BACKLOG)?;
     Ok(socket)
