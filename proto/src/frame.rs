@@ -92,16 +92,10 @@ impl FrameHeader {
     /// # Errors
     /// [`FrameError::TooLong`] when the length does not fit the header's 32 bits.
     pub fn encode(&self, body_bytes: usize) -> Result<[u8; HEADER_BYTES], FrameError> {
-        let length = u32::try_from(body_bytes).map_err(|_| FrameError::TooLong {
-            bytes: body_bytes as u64,
-            max: u32::MAX as usize,
-        })?;
         let mut wire = [0u8; HEADER_BYTES];
-        wire[0..4].copy_from_slice(&length.to_le_bytes());
-        wire[4] = self.kind as u8;
-        wire[6..8].copy_from_slice(&self.upstream.to_le_bytes());
-        wire[8..16].copy_from_slice(&self.correlation.to_le_bytes());
-        wire[16..20].copy_from_slice(&self.timeout_ms.to_le_bytes());
+        for (place, word) in wire.chunks_exact_mut(8).zip(self.words(body_bytes)?) {
+            place.copy_from_slice(&word.to_le_bytes());
+        }
         Ok(wire)
     }
 
@@ -110,10 +104,26 @@ impl FrameHeader {
     /// # Errors
     /// As [`FrameHeader::encode`]; `out` is then unchanged.
     pub fn append(&self, body: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
-        let header = self.encode(body.len())?;
-        out.extend_from_slice(&header);
+        // Word by word into its place: a header assembled first and copied then would be read
+        // back in other units than it was written in, which stalls the processor.
+        let words = self.words(body.len())?;
+        out.reserve(HEADER_BYTES + body.len());
+        for word in words {
+            out.extend_from_slice(&word.to_le_bytes());
+        }
         out.extend_from_slice(body);
         Ok(())
+    }
+
+    /// The header as three little-endian words.
+    fn words(&self, body_bytes: usize) -> Result<[u64; 3], FrameError> {
+        let length = u32::try_from(body_bytes).map_err(|_| FrameError::TooLong {
+            bytes: body_bytes as u64,
+            max: u32::MAX as usize,
+        })?;
+        let first =
+            u64::from(length) | u64::from(self.kind as u8) << 32 | u64::from(self.upstream) << 48;
+        Ok([first, self.correlation, u64::from(self.timeout_ms)])
     }
 }
 

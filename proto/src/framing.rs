@@ -102,19 +102,21 @@ impl Framing {
     ///
     /// # Errors
     /// [`Reason::Delimiter`], [`Reason::TooLong`] or [`Reason::WrongSize`] when the framing cannot
-    /// carry this body as one message; `out` is then unchanged. The check runs on the copy that
-    /// will be sent.
+    /// carry this body as one message; `out` is then unchanged.
     pub fn encode(self, body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
-        let start = out.len();
         match self {
             Framing::Lines => {
-                out.extend_from_slice(body);
-                refuse_if(memchr::memchr(b'\n', &out[start..]).is_some(), start, out)?;
-                out.push(b'\n');
+                // Before the copy: to search bytes that were just written would wait for them.
+                if memchr::memchr(b'\n', body).is_some() {
+                    return Err(Reason::Delimiter);
+                }
+                return self.encode_line(body, out);
             }
             Framing::Crlf => {
+                if memchr::memchr2(b'\r', b'\n', body).is_some() {
+                    return Err(Reason::Delimiter);
+                }
                 out.extend_from_slice(body);
-                refuse_if(memchr::memchr2(b'\r', b'\n', &out[start..]).is_some(), start, out)?;
                 out.extend_from_slice(b"\r\n");
             }
             Framing::Length { width: LengthWidth::Two, order } => {
@@ -144,18 +146,13 @@ impl Framing {
         Ok(())
     }
 
-    /// As [`Framing::encode`], for a body that a [`Cutter`] of framing `cut_by` gave: a line that
-    /// was cut from lines holds no `\n`, and is not searched again.
+    /// As [`Framing::encode`], for a body that a [`Cutter`] cut from lines: it holds no `\n`, and
+    /// is not searched for one again.
     ///
     /// # Errors
     /// As [`Framing::encode`].
-    pub fn encode_cut(
-        self,
-        body: &[u8],
-        cut_by: Option<Framing>,
-        out: &mut Vec<u8>,
-    ) -> Result<(), Reason> {
-        if self == Framing::Lines && cut_by == Some(Framing::Lines) {
+    pub fn encode_line(self, body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
+        if self == Framing::Lines {
             out.reserve(body.len() + 1);
             out.extend_from_slice(body);
             out.push(b'\n');
@@ -174,14 +171,6 @@ impl Framing {
             Framing::Fixed { .. } | Framing::Raw => 0,
         }
     }
-}
-
-fn refuse_if(refused: bool, start: usize, out: &mut Vec<u8>) -> Result<(), Reason> {
-    if refused {
-        out.truncate(start);
-        return Err(Reason::Delimiter);
-    }
-    Ok(())
 }
 
 impl fmt::Display for Framing {

@@ -58,12 +58,7 @@ struct Case {
 }
 
 const CASES: &[Case] = &[
-    Case {
-        name: "fifo/tcp",
-        entrance: Entrance::Fifo,
-        protocol: Protocol::Tcp,
-        block_bytes: None,
-    },
+    Case { name: "fifo/tcp", entrance: Entrance::Fifo, protocol: Protocol::Tcp, block_bytes: None },
     Case {
         name: "send/tcp",
         entrance: Entrance::StandardInput,

@@ -5,7 +5,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use poolbroker_client::Reason;
 use rustix::fs::OFlags;
@@ -14,7 +15,7 @@ use rustix::io::Errno;
 use super::exit::{CommandError, Exit, messages};
 use super::input::{TakeLines, read_lines};
 use super::patient_pipe::PatientPipe;
-use crate::config::PIPE_BUF;
+use crate::config::{PIPE_BUF, RECONNECT_PAUSE_MIN};
 
 /// Writes `message`, or every line of standard input, each in one piece.
 pub fn send_by_fifo(
@@ -24,6 +25,7 @@ pub fn send_by_fifo(
 ) -> Result<Exit, CommandError> {
     let mut fifo = FifoWriter {
         pipe: PatientPipe::new(open(path)?.into(), patience)?,
+        patience,
         line: Vec::with_capacity(PIPE_BUF),
         written: 0,
         refused: 0,
@@ -61,9 +63,26 @@ pub fn one_line(message: &[u8]) -> Result<Vec<u8>, CommandError> {
 /// Writes lines to a FIFO, one write each.
 struct FifoWriter {
     pipe: PatientPipe,
+    patience: Duration,
     line: Vec<u8>,
     written: u64,
     refused: u64,
+}
+
+impl FifoWriter {
+    /// Writes the line, to the next broker if this one ends: a line that was refused was refused
+    /// whole. The descriptor stays open meanwhile, which keeps what the FIFO holds.
+    fn write_line(&mut self) -> Result<(), CommandError> {
+        let start = Instant::now();
+        loop {
+            match self.pipe.write(&self.line) {
+                Err(error) if error.exit == Exit::NoBroker && start.elapsed() < self.patience => {
+                    thread::sleep(RECONNECT_PAUSE_MIN);
+                }
+                result => return result,
+            }
+        }
+    }
 }
 
 impl TakeLines for FifoWriter {
@@ -79,7 +98,7 @@ impl TakeLines for FifoWriter {
         self.line.clear();
         self.line.extend_from_slice(line);
         self.line.push(b'\n');
-        self.pipe.write(&self.line)?;
+        self.write_line()?;
         self.written += 1;
         Ok(())
     }

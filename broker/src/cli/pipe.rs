@@ -1,6 +1,6 @@
 //! `poolbroker pipe`: hands standard input itself to the broker.
 
-use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileTypeExt;
 
 use clap::Args;
@@ -46,14 +46,15 @@ impl Pipe {
         let link = Link::open(dir, &self.upstream, *self.timeout)?;
         let is_pipe = input.metadata().map_err(unreadable)?.file_type().is_fifo();
         Ok(match is_pipe {
-            true => hand_over(link, &input),
+            true => hand_over(link, &input).unwrap_or_else(|exit| exit),
             false => send_over(link, None),
         })
     }
 }
 
-/// Lets one broker after the other read the pipe until its writers are done.
-fn hand_over(mut link: Link<'_>, input: &File) -> Exit {
+/// Lets one broker after the other read a pipe until its writers are done. `Err`: it was not read
+/// to its end.
+pub fn hand_over(mut link: Link<'_>, input: &impl AsFd) -> Result<Exit, Exit> {
     let mut outcomes = Outcomes::default();
     let mut exit = Exit::Done;
     let stopped = loop {
@@ -88,13 +89,12 @@ fn hand_over(mut link: Link<'_>, input: &File) -> Exit {
     let name = link.upstream().name();
     complain_of_outcomes(name, &outcomes);
     exit = exit.max(Exit::of_outcomes(&outcomes));
-    if let Err(error) = stopped {
-        complain(&format!("{name}: {}; the rest of standard input was not read", error.text));
-        exit = exit.max(error.exit);
-    }
-    exit
+    stopped.map(|()| exit).map_err(|error| {
+        complain(&format!("{name}: {}; the rest of the input was not read", error.text));
+        exit.max(error.exit)
+    })
 }
 
-fn attach(link: &Link<'_>, input: &File) -> Result<Detached, Error> {
+fn attach(link: &Link<'_>, input: &impl AsFd) -> Result<Detached, Error> {
     link.upstream().attach_pipe(input)?.wait(Deadline::Never)
 }

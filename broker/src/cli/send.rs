@@ -2,17 +2,19 @@
 
 use std::ffi::OsString;
 use std::io::{self, Read};
+use std::thread;
 
 use clap::{Args, ValueEnum};
 use poolbroker_client::Reason;
 use poolbroker_proto::runtime_dir::RuntimeDir;
 
 use super::delivery::Delivery;
-use super::exit::{CommandError, Exit, complain, complain_of_outcomes};
+use super::exit::{CommandError, Exit};
 use super::fifo::{one_line, send_by_fifo};
 use super::input::{TakeLines, read_lines, standard_input, unreadable};
 use super::link::Link;
 use super::patient_pipe::PatientPipe;
+use super::pipe::hand_over;
 use super::{after_help, timeout, upstream_name};
 use crate::config::{INPUT_BLOCK_BYTES, SEND_TIMEOUT};
 
@@ -65,7 +67,7 @@ impl Send {
                 let link = Link::open(dir, &self.upstream, timeout)?;
                 Ok(send_over(link, message))
             }
-            Via::Pipe => send_by_pipe(&Link::open(dir, &self.upstream, timeout)?, message),
+            Via::Pipe => send_by_pipe(Link::open(dir, &self.upstream, timeout)?, message),
             Via::Fifo => send_by_fifo(&dir.fifo(&self.upstream), message, timeout),
         }
     }
@@ -97,27 +99,25 @@ impl TakeLines for Delivery<'_> {
     }
 }
 
-fn send_by_pipe(link: &Link<'_>, message: Option<&[u8]>) -> Result<Exit, CommandError> {
-    let upstream = link.upstream();
-    let (writer, attached) = upstream.pipe()?;
+/// Writes to a pipe that the broker reads; its read end stays here too, for the next broker.
+fn send_by_pipe(link: Link<'_>, message: Option<&[u8]>) -> Result<Exit, CommandError> {
+    let line = message.map(one_line).transpose()?;
+    let (reader, writer) = io::pipe()
+        .map_err(|error| CommandError::failed(format!("no pipe can be made: {error}")))?;
     let mut pipe = PatientPipe::new(writer.into(), link.timeout())?;
-    let written = match message {
-        Some(message) => one_line(message).and_then(|line| pipe.write(&line)),
+    let writing = thread::spawn(move || match line {
+        Some(line) => pipe.write(&line),
         None => copy_input(&mut pipe),
+    });
+    let exit = match hand_over(link, &reader) {
+        Ok(exit) => exit,
+        // Not read to its end: the writer may wait for input that never comes.
+        Err(exit) => return Ok(exit),
     };
-    drop(pipe);
-    let detached = attached.wait(link.timeout())?;
-    complain_of_outcomes(upstream.name(), &detached.outcomes);
-    let mut exit = Exit::of_outcomes(&detached.outcomes);
-    if detached.reason != Reason::EndOfInput {
-        complain(&format!("{}: the broker stopped reading: {}", upstream.name(), detached.reason));
-        exit = exit.max(Exit::Failed);
-    }
-    if let Err(error) = written {
-        complain(&error.text);
-        exit = exit.max(error.exit);
-    }
-    Ok(exit)
+    let written = writing.join().unwrap_or_else(|_| {
+        Err(CommandError::failed("reading the input failed: a defect of poolbroker"))
+    });
+    written.map(|()| exit)
 }
 
 fn copy_input(pipe: &mut PatientPipe) -> Result<(), CommandError> {

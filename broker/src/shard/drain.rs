@@ -106,7 +106,9 @@ impl Shard {
             let (queued, in_flight) = (pool.queued(), pool.in_flight());
             if queued > 0 || in_flight > 0 {
                 tracing::warn!(
-                    upstream = config.name, queued, in_flight,
+                    upstream = config.name,
+                    queued,
+                    in_flight,
                     "given up after drain_timeout"
                 );
             }

@@ -85,12 +85,24 @@ pub enum Served {
     Ended(Reason),
 }
 
-/// Where a one-way message goes, and whether it was cut from a stream of its own.
+/// Where a one-way message goes, and whether it was cut from lines. Small enough for a register:
+/// it is passed along with every message.
 #[derive(Debug, Clone, Copy)]
 struct Route {
+    upstream: u32,
     handle: u16,
-    upstream: usize,
-    cut_by: Option<Framing>,
+    is_line: bool,
+}
+
+impl Route {
+    fn new(handle: u16, upstream: usize, is_line: bool) -> Self {
+        let upstream = u32::try_from(upstream).expect("each upstream has a pool in memory");
+        Route { upstream, handle, is_line }
+    }
+
+    fn upstream(self) -> usize {
+        self.upstream as usize
+    }
 }
 
 /// What was taken in this turn.
@@ -235,15 +247,15 @@ fn push(
     route: Route,
     body: &[u8],
 ) -> bool {
-    let Route { handle, upstream, cut_by } = route;
+    let (handle, upstream) = (route.handle, route.upstream());
     if taken.run.is_some_and(|run| run.handle != handle) {
         accept(desk, session, id, taken);
     }
-    let mut pushed = desk.upstreams[upstream].push(body, cut_by);
+    let mut pushed = desk.upstreams[upstream].push(body, route.is_line);
     if pushed == Push::Dropped && taken.run.is_some() {
         // What this run staged has to be accepted before it can make room.
         accept(desk, session, id, taken);
-        pushed = desk.upstreams[upstream].push(body, cut_by);
+        pushed = desk.upstreams[upstream].push(body, route.is_line);
     }
     match pushed {
         Push::Staged => {
@@ -270,9 +282,9 @@ fn accept(
     taken: &mut Taken,
 ) {
     if let Some(run) = taken.run.take() {
-        let messages = desk.upstreams[run.upstream].accept(desk.now, id);
+        let messages = desk.upstreams[run.upstream()].accept(desk.now, id);
         session.handle_accepted(run.handle, messages);
-        desk.touched.push(run.upstream);
+        desk.touched.push(run.upstream());
     }
 }
 
@@ -330,7 +342,7 @@ fn handle_frame(
                 source.session.handle_refused(None, Reason::UnknownUpstream);
                 return Ok(Step::Next);
             };
-            let route = Route { handle: header.upstream, upstream, cut_by: None };
+            let route = Route::new(header.upstream, upstream, false);
             if !push(desk, &mut source.session, id, taken, route, frame.body) {
                 return Ok(Step::Stop(Served::Blocked { upstream }));
             }
@@ -574,7 +586,7 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
                 *awaits_reply = true;
                 desk.touched.push(upstream);
             } else {
-                let route = Route { handle: 0, upstream, cut_by: Some(*framing) };
+                let route = Route::new(0, upstream, *framing == Framing::Lines);
                 if !push(desk, session, id, taken, route, body) {
                     return Step::Stop(Served::Blocked { upstream });
                 }
@@ -609,7 +621,7 @@ fn end_of_input(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, reason: 
         (Tail::Message(body), Some(upstream)) if matches!(io, Io::Pipe(_)) => {
             let mut taken = Taken::default();
             let body = &buffer.unread()[body];
-            let route = Route { handle: 0, upstream, cut_by: None };
+            let route = Route::new(0, upstream, false);
             if !push(desk, session, id, &mut taken, route, body) {
                 // The end will be read again.
                 source.is_readable = true;

@@ -154,9 +154,8 @@ impl Upstream {
 
     // From sources.
 
-    /// Stages one one-way message. Its checks run on the copy that will be sent; `cut_by` is the
-    /// framing that cut it from a stream of its own, if one did.
-    pub fn push(&mut self, body: &[u8], cut_by: Option<Framing>) -> Push {
+    /// Stages one one-way message; `is_line` says that it was cut from lines.
+    pub fn push(&mut self, body: &[u8], is_line: bool) -> Push {
         if body.is_empty() {
             return Push::Refused(Reason::Empty);
         }
@@ -179,7 +178,11 @@ impl Upstream {
                 }
             }
         }
-        match self.send_buffer.append(|out| framing.encode_cut(body, cut_by, out)) {
+        let appended = self.send_buffer.append(|out| match is_line {
+            true => framing.encode_line(body, out),
+            false => framing.encode(body, out),
+        });
+        match appended {
             Ok(bytes) => {
                 self.pool.stage(bytes);
                 Push::Staged
