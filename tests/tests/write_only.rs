@@ -77,6 +77,22 @@ fn the_first_datagram_after_a_peer_comes_back_arrives() {
 }
 
 #[test]
+fn the_error_of_one_datagram_never_costs_the_next_one() {
+    let mut sink = UdpSink::start();
+    let (broker, mut client, handle) = start(&sink);
+    sink.stop();
+    for number in 0..10 * BURST {
+        // Of different sizes, so that each is a send of its own: every second one is refused with
+        // the error of the one before, and has to be sent again.
+        client.send(handle, &vec![b'x'; 1 + number % 7]);
+    }
+    let outcomes = client.flush(handle);
+    assert_eq!(outcomes.sent, 10 * BURST as u64, "{outcomes:?}");
+    let upstream = broker.upstream_status("metrics");
+    assert!(total(&upstream, "icmp_refused") > 0, "{upstream:#}");
+}
+
+#[test]
 fn messages_of_all_sizes_arrive_in_order_and_whole() {
     let sink = UdpSink::start();
     let (_broker, mut client, handle) = start(&sink);

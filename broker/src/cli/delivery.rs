@@ -10,7 +10,7 @@ use poolbroker_client::{Error, Outcomes, Reason};
 
 use super::exit::{CommandError, Exit, complain, complain_of_outcomes, messages};
 use super::link::{Link, is_shutdown};
-use crate::config::{SEND_CHUNK_BYTES_MAX, SEND_CHUNK_MESSAGES_MAX};
+use crate::config::{SEND_BATCH_BYTES, SEND_CHUNK_BYTES_MAX, SEND_CHUNK_MESSAGES_MAX};
 
 /// Messages on their way. [`Delivery::finish`] gives the verdict.
 pub struct Delivery<'a> {
@@ -58,6 +58,9 @@ impl<'a> Delivery<'a> {
         }
         if self.chunk.is_full() {
             self.settle()?;
+        } else if self.chunk.bytes_at_rest() >= SEND_BATCH_BYTES {
+            // The broker works on these while the next ones are read.
+            self.hand_over()?;
         }
         Ok(())
     }
@@ -166,6 +169,11 @@ impl Chunk {
 
     fn is_full(&self) -> bool {
         self.ends.len() >= SEND_CHUNK_MESSAGES_MAX || self.bytes.len() >= SEND_CHUNK_BYTES_MAX
+    }
+
+    /// Bytes that were not handed over yet.
+    fn bytes_at_rest(&self) -> usize {
+        self.bytes.len() - self.start(self.handed_over)
     }
 
     /// The messages that were not handed over yet.

@@ -1,0 +1,264 @@
+//! How many connections there are, in which state, and until when.
+//!
+//! [`Pool::move_to`] is the only way from one state to another, and keeps the counts that the
+//! limits are checked against.
+
+use poolbroker_proto::address::Protocol;
+use poolbroker_proto::reason::Reason;
+
+use super::{Action, Conn, ConnId, Pool, Role, State, Timer};
+use crate::balance::Pick;
+use crate::stats::RequestEnd;
+use crate::timers::Time;
+
+/// How many connections are where; kept by [`Pool::move_to`].
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Places {
+    pub(super) connecting: usize,
+    pub(super) connecting_exchange: usize,
+    pub(super) exchange: usize,
+    pub(super) open: usize,
+    pub(super) retired: usize,
+}
+
+impl Pool {
+    pub(super) fn connections_max(&self) -> usize {
+        self.settings.limits.connections_max
+    }
+
+    /// Starts the connects that are wanted and allowed.
+    pub(super) fn want_connections(&mut self, now: Time) {
+        if self.wants_one_way() {
+            if self.places.open < self.connections_max() {
+                self.connect(now, Role::OneWay);
+            } else if !self.idle.is_empty() {
+                // The longest idle makes room; closing it calls here again.
+                let conn = self.idle.remove(0);
+                self.close(conn, Reason::MakeRoom);
+            }
+        }
+        let limits = &self.settings.limits;
+        let (connections_min, retired_max) = (limits.connections_min, limits.retired_max);
+        if self.settings.protocol == Protocol::UdpWriteOnly {
+            if connections_min > 0 && self.one_way.is_none() && !self.closing_down {
+                self.connect(now, Role::OneWay);
+            }
+            return;
+        }
+        loop {
+            let places = self.places;
+            let for_waiters = self.waiters.len() > places.connecting_exchange;
+            let warm = places.exchange < connections_min && !self.closing_down;
+            let reserved = usize::from(self.wants_one_way());
+            if !(for_waiters || warm)
+                || places.connecting >= self.settings.limits.connecting_max
+                || places.retired >= retired_max.max(1)
+            {
+                return;
+            }
+            if places.open + reserved >= self.connections_max() {
+                // With one place for both roles, a resting one-way connection makes room.
+                if for_waiters
+                    && places.exchange == 0
+                    && let Some(conn) = self.one_way
+                    && matches!(self.conns.get(conn).map(|c| c.state), Some(State::Idle { .. }))
+                {
+                    self.finish_one_way(now, conn, Reason::MakeRoom);
+                }
+                return;
+            }
+            if !self.connect(now, Role::Exchange) {
+                return;
+            }
+        }
+    }
+
+    /// Starts a connect if there is an address to go to now.
+    pub(super) fn connect(&mut self, now: Time, role: Role) -> bool {
+        if self.places.connecting >= self.settings.limits.connecting_max {
+            return false;
+        }
+        let remote = match self.balance.pick(now) {
+            Pick::Address(remote) => remote,
+            Pick::NotBefore(at) => {
+                if self.retry_scheduled_at.is_none_or(|scheduled| scheduled > at) {
+                    self.retry_scheduled_at = Some(at);
+                    self.deadlines.insert(at, Timer::Retry);
+                }
+                return false;
+            }
+            Pick::Probing | Pick::Unresolved => return false,
+        };
+        let conn = self.conns.insert(Conn {
+            role,
+            remote,
+            state: State::Connecting,
+            opened_at: now,
+            uses: 0,
+            messages_out: 0,
+            bytes_out: 0,
+            messages_in: 0,
+            bytes_in: 0,
+            replies_discarded: 0,
+            expires_at: None,
+            scheduled_at: None,
+        });
+        self.count(role, State::Connecting, 1);
+        if role == Role::OneWay {
+            self.one_way = Some(conn);
+        }
+        self.schedule_conn(conn);
+        self.actions.push_back(Action::Connect { conn, role, remote });
+        true
+    }
+
+    /// The only way from one state to another.
+    pub(super) fn move_to(&mut self, conn: ConnId, state: State) {
+        let Some(record) = self.conns.get_mut(conn) else {
+            return;
+        };
+        let (role, before) = (record.role, std::mem::replace(&mut record.state, state));
+        self.count(role, before, -1);
+        self.count(role, state, 1);
+        let takes_nothing_new = match state {
+            State::Connecting | State::Idle { .. } | State::InUse => false,
+            State::Draining { .. } | State::Closing { .. } => true,
+        };
+        if takes_nothing_new {
+            if self.one_way == Some(conn) {
+                self.one_way = None;
+            }
+            if let State::Idle { .. } = before {
+                self.idle.retain(|idle| *idle != conn);
+            }
+        }
+        self.schedule_conn(conn);
+    }
+
+    pub(super) fn close(&mut self, conn: ConnId, reason: Reason) {
+        let closing = match self.conns.get(conn).map(|record| record.state) {
+            None | Some(State::Closing { .. }) => return,
+            Some(State::Connecting) => {
+                self.balance.handle_abandoned();
+                State::Closing { reason }
+            }
+            Some(State::Idle { .. } | State::InUse | State::Draining { .. }) => {
+                State::Closing { reason }
+            }
+        };
+        self.move_to(conn, closing);
+        self.actions.push_back(Action::Close { conn, reason });
+    }
+
+    pub(super) fn forget(&mut self, conn: ConnId, reason: Reason) {
+        let Some(record) = self.conns.remove(conn) else {
+            return;
+        };
+        self.count(record.role, record.state, -1);
+        if let Some(at) = record.scheduled_at {
+            self.deadlines.remove(at, Timer::Conn(conn));
+        }
+        self.replies_discarded_before += record.replies_discarded;
+        self.closed.add(reason, 1);
+    }
+
+    pub(super) fn count(&mut self, role: Role, state: State, change: isize) {
+        let places = &mut self.places;
+        let add = |place: &mut usize| *place = place.saturating_add_signed(change);
+        let is_exchange = role == Role::Exchange;
+        match state {
+            State::Connecting => {
+                add(&mut places.connecting);
+                add(&mut places.open);
+                if is_exchange {
+                    add(&mut places.connecting_exchange);
+                    add(&mut places.exchange);
+                }
+            }
+            State::Idle { .. } | State::InUse => {
+                add(&mut places.open);
+                if is_exchange {
+                    add(&mut places.exchange);
+                }
+            }
+            State::Draining { .. } if is_exchange => add(&mut places.retired),
+            State::Draining { .. } | State::Closing { .. } => add(&mut places.open),
+        }
+    }
+
+    /// When something must happen to a connection by itself.
+    pub(super) fn conn_due(&self, conn: ConnId) -> Option<Time> {
+        let record = self.conns.get(conn)?;
+        let limits = &self.settings.limits;
+        match record.state {
+            State::Connecting => Some(record.opened_at + limits.connect_timeout),
+            State::Idle { since } => {
+                let idle_end =
+                    (!limits.idle_timeout.is_zero()).then(|| since + limits.idle_timeout);
+                idle_end.into_iter().chain(record.expires_at).min()
+            }
+            State::InUse => self.in_flight.deadline_on(conn),
+            State::Draining { until, .. } => Some(until),
+            State::Closing { .. } => None,
+        }
+    }
+
+    /// Makes sure that a deadline no later than the connection's own is set. One that is earlier
+    /// stays and finds, when it comes, that there is nothing to do yet.
+    pub(super) fn schedule_conn(&mut self, conn: ConnId) {
+        let Some(due) = self.conn_due(conn) else {
+            return;
+        };
+        let Some(record) = self.conns.get_mut(conn) else {
+            return;
+        };
+        if let Some(scheduled) = record.scheduled_at {
+            if scheduled <= due {
+                return;
+            }
+            self.deadlines.remove(scheduled, Timer::Conn(conn));
+        }
+        record.scheduled_at = Some(due);
+        self.deadlines.insert(due, Timer::Conn(conn));
+    }
+
+    pub(super) fn handle_conn_due(&mut self, now: Time, conn: ConnId) {
+        if self.conn_due(conn).is_some_and(|due| due <= now) {
+            self.end_conn_wait(now, conn);
+        }
+        self.schedule_conn(conn);
+    }
+
+    pub(super) fn end_conn_wait(&mut self, now: Time, conn: ConnId) {
+        let Some(record) = self.conns.get(conn) else {
+            return;
+        };
+        match record.state {
+            State::Connecting => self.handle_connect_failed(now, conn, Reason::ConnectTimeout),
+            State::Idle { .. } => {
+                let expired = record.expires_at.is_some_and(|at| at <= now);
+                let kept_warm = record.role == Role::Exchange
+                    && self.places.exchange <= self.settings.limits.connections_min;
+                if kept_warm && !expired {
+                    // Idle counts anew: it is kept on purpose.
+                    if let Some(record) = self.conns.get_mut(conn) {
+                        record.state = State::Idle { since: now };
+                    }
+                    return;
+                }
+                let reason = if expired { Reason::Lifetime } else { Reason::IdleTimeout };
+                match record.role {
+                    Role::Exchange => self.close(conn, reason),
+                    Role::OneWay => self.finish_one_way(now, conn, reason),
+                }
+            }
+            State::InUse => {
+                if let Some(request) = self.in_flight.on(conn) {
+                    self.end_request(now, request, RequestEnd::TimedOut);
+                }
+            }
+            State::Draining { reason, .. } => self.close(conn, reason),
+            State::Closing { .. } => {}
+        }
+    }
+}
