@@ -246,6 +246,24 @@ impl Broker {
         kill_process(self.rustix_pid(), signal).expect("the broker runs");
     }
 
+    /// Makes it stand still, so that things can happen at once from its point of view.
+    ///
+    /// # Panics
+    /// When it does not stop.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+        wait_for("the broker stands still", || {
+            let stat = self.proc_file("stat");
+            let (_, fields) = stat.rsplit_once(") ").expect("stat names the command");
+            fields.starts_with('T').then_some(())
+        });
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
     /// SIGTERM, and waits for the end.
     ///
     /// # Panics

@@ -4,7 +4,8 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::{TcpListener, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -14,7 +15,7 @@ use poolbroker_proto::message::Retry;
 use poolbroker_proto::reason::Reason;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, list, total};
-use poolbroker_tests::deadline::wait_for;
+use poolbroker_tests::deadline::{PATIENCE, wait_for};
 use poolbroker_tests::peers::{
     FORGED, Manners, Marks, TcpBlackHole, TcpEcho, UdpBlackHole, UdpEcho, UdpSink, unused_port,
 };
@@ -146,6 +147,60 @@ fn a_second_reply_to_an_idle_udp_socket_is_never_taken_for_the_next_one() {
             let discarded = total(upstream, "replies_discarded");
             discarded.max(count_of(upstream, "connections_closed", "unsolicited")) >= number
         });
+    }
+}
+
+#[test]
+fn the_second_of_two_replies_never_reaches_the_next_in_line() {
+    let peer = UdpSocket::bind("127.0.0.1:0").unwrap();
+    peer.set_read_timeout(Some(PATIENCE)).unwrap();
+    let url = format!("udp://{}", peer.local_addr().unwrap());
+    let broker = with_limits(&url, "connections_max = 1");
+    let (mut first, _) = RawClient::welcomed(broker.runtime_dir());
+    let (mut next, _) = RawClient::welcomed(broker.runtime_dir());
+    let handles = (first.open("echo"), next.open("echo"));
+    first.send_request(handles.0, 1, 0, b"first");
+    let mut datagram = [0; 16];
+    let (length, socket) = peer.recv_from(&mut datagram).unwrap();
+    assert_eq!(&datagram[..length], b"first");
+    next.send_request(handles.1, 1, 0, b"next");
+    broker.wait_until_upstream("echo", |upstream| total(upstream, "waiters") == 1);
+    broker.pause();
+    for _ in 0..2 {
+        peer.send_to(b"reply to the first", socket).unwrap();
+    }
+    broker.resume();
+    assert_eq!(first.next_answer().1.reply(), b"reply to the first");
+    let (length, socket) = peer.recv_from(&mut datagram).unwrap();
+    assert_eq!(&datagram[..length], b"next");
+    peer.send_to(b"reply to the next", socket).unwrap();
+    assert_eq!(next.next_answer().1.reply(), b"reply to the next");
+}
+
+#[test]
+fn a_connection_closed_while_nobody_looked_is_not_used() {
+    let peer = TcpListener::bind("127.0.0.1:0").unwrap();
+    let broker = with_limits(&format!("tcp://{}", peer.local_addr().unwrap()), "");
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("echo");
+    // Closed while idle, with and without bytes that nobody asked for.
+    for last_words in [&b""[..], b"unasked\n"] {
+        client.send_request(handle, 1, 0, b"question");
+        let (mut connection, _) = peer.accept().unwrap();
+        connection.read_exact(&mut [0; 9]).unwrap();
+        connection.write_all(b"answer\n").unwrap();
+        assert_eq!(client.next_answer().1.reply(), b"answer");
+        broker.pause();
+        connection.write_all(last_words).unwrap();
+        drop(connection);
+        client.send_request(handle, 2, 0, b"question");
+        broker.resume();
+        let (mut connection, _) = peer.accept().unwrap();
+        connection.read_exact(&mut [0; 9]).unwrap();
+        connection.write_all(b"answer\n").unwrap();
+        assert_eq!(client.next_answer(), (2, Answer::Reply(b"answer".to_vec())));
+        drop(connection);
+        broker.wait_until_upstream("echo", |upstream| list(upstream, "connections").is_empty());
     }
 }
 

@@ -96,10 +96,22 @@ impl<'a> Delivery<'a> {
                     self.handed_over_before = self.link.upstream().handed_over();
                 }
                 Err(Error::Disconnected { reason, .. }) => self.recover(reason)?,
+                Err(Error::TimedOut { .. }) => return Err(self.no_outcome()),
                 Err(error) => return Err(error.into()),
             }
         }
         Ok(())
+    }
+
+    fn no_outcome(&self) -> CommandError {
+        let timeout = humantime::Duration::from(self.link.timeout());
+        CommandError {
+            exit: Exit::TimedOut,
+            text: format!(
+                "{}: no outcome within {timeout}: is the upstream down? `poolbroker status` shows it",
+                self.link.upstream().name()
+            ),
+        }
     }
 
     /// Says what went wrong, together with what stopped the command, and gives the verdict.
@@ -121,7 +133,8 @@ impl<'a> Delivery<'a> {
             let handed_over = self.chunk.handed_over as u64;
             let kept = self.chunk.ends.len() as u64 - handed_over;
             if handed_over > 0 {
-                complain(&format!("{name}: {} without an outcome yet", messages(handed_over)));
+                let count = messages(handed_over);
+                complain(&format!("{name}: {count} with the broker, without an outcome yet"));
             }
             if kept > 0 {
                 complain(&format!("{name}: {} not sent", messages(kept)));

@@ -150,3 +150,38 @@ fn not_a_fifo(path: &Path) -> CommandError {
 fn metadata_failed(path: &Path, error: &io::Error) -> CommandError {
     CommandError::failed(format!("{} cannot be examined: {error}", path.display()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn a_line_that_finds_no_broker_is_written_once_and_whole_to_the_next() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("metrics.fifo");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let read = || File::options().read(true).write(true).open(&path).unwrap();
+        let first = read();
+        let patience = Duration::from_millis(30);
+        let mut fifo = FifoWriter {
+            pipe: PatientPipe::new(open(&path).unwrap().into(), patience).unwrap(),
+            patience,
+            line: Vec::new(),
+            written: 0,
+            refused: 0,
+        };
+        drop(first);
+        let start = Instant::now();
+        assert_eq!(fifo.take(b"line").unwrap_err().exit, Exit::NoBroker);
+        assert!(start.elapsed() >= patience, "the next broker is waited for");
+
+        fifo.patience = Duration::from_secs(60);
+        let writer = thread::spawn(move || fifo.take(b"line"));
+        let mut next = read();
+        writer.join().unwrap().unwrap();
+        let mut taken = [0; 64];
+        let bytes = next.read(&mut taken).unwrap();
+        assert_eq!(&taken[..bytes], b"line\n");
+    }
+}

@@ -40,6 +40,13 @@ impl Shard {
         }
     }
 
+    /// Ends at once: what is not sent now is dropped and counted, no connection is waited for.
+    pub(super) fn stop(&mut self) {
+        self.begin_drain();
+        self.abandon();
+        self.begin_closing(self.now);
+    }
+
     /// Takes the next step of shutting down, if it is time.
     pub(super) fn advance_drain(&mut self) -> Option<Ending> {
         match self.phase {

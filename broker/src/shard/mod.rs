@@ -367,10 +367,7 @@ impl Shard {
                 // The asker has given up if it cannot be answered.
                 Command::Status(answer) => drop(answer.try_send(self.snapshot())),
                 Command::Drain => self.begin_drain(),
-                Command::Stop => {
-                    self.begin_drain();
-                    self.phase = Phase::Draining { deadline: self.now, is_last_pass: false };
-                }
+                Command::Stop => self.stop(),
                 Command::Resolved { upstream, addresses } => {
                     self.upstreams[upstream].pool.handle_resolved(self.now, addresses);
                 }

@@ -321,31 +321,29 @@ impl Sources {
                 }
             }
         }
-        let was_overfull =
-            source.io.stream().is_some_and(|s| s.pending_bytes() > reply_queue_bytes_max);
+        let is_overfull = |source: &Source| {
+            source.io.stream().is_some_and(|s| s.pending_bytes() > reply_queue_bytes_max)
+        };
+        let was_overfull = is_overfull(source);
         let flushed = source.io.stream_mut().map_or(Flushed::All, |stream| stream.flush());
-        match flushed {
-            Flushed::Gone => {
-                source.ended.get_or_insert(Reason::ClientGone);
-                return true;
-            }
-            Flushed::WouldBlock => return false,
-            Flushed::All => {}
+        if flushed == Flushed::Gone {
+            source.ended.get_or_insert(Reason::ClientGone);
+            return true;
         }
         let is_done = match source.ended {
             None => false,
-            // A protocol error ends a session at once; its requests are cancelled.
             Some(Reason::EndOfInput | Reason::ClientGone | Reason::Drained) => {
-                source.session.is_settled() && source.children == 0
+                let nobody_is_there = source.is_hung_up && matches!(source.io, Io::Unix(_));
+                let is_told = flushed == Flushed::All;
+                nobody_is_there || (is_told && source.session.is_settled() && source.children == 0)
             }
+            // A violation ends a session at once, whether it reads what it is told or not.
             Some(_) => true,
         };
-        let nobody_is_there = source.is_hung_up && source.ended.is_some();
-        let is_unix = matches!(source.io, Io::Unix(_));
-        if was_overfull {
+        if was_overfull && !is_overfull(source) {
             self.make_ready(id);
         }
-        is_done || (is_unix && nobody_is_there)
+        is_done
     }
 
     // What status shows.
