@@ -35,7 +35,7 @@ pub const SEND_TIMEOUT: Duration = s(30);
 
 /// Messages of `send` without an outcome: what is in doubt at most when a broker crashes. Large
 /// enough that waiting for outcomes costs a few percent.
-pub const SEND_CHUNK_MESSAGES_MAX: usize = 65_536;
+pub const SEND_CHUNK_MESSAGES_MAX: usize = 32_768;
 
 /// Their bytes, which `send` keeps so that it can repeat what a broker never took.
 pub const SEND_CHUNK_BYTES_MAX: usize = 4 * MIB;

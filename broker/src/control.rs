@@ -349,10 +349,10 @@ impl Control {
                 is_draining = true;
                 self.commands.send(command);
             }
-            if let Ok((client, _)) = self.admin.accept() {
-                if let Err(error) = self.answer(client) {
-                    tracing::debug!(%error, "an admin request failed");
-                }
+            if let Ok((client, _)) = self.admin.accept()
+                && let Err(error) = self.answer(client)
+            {
+                tracing::debug!(%error, "an admin request failed");
             }
         }
     }

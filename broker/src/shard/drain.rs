@@ -77,9 +77,8 @@ impl Shard {
                 None
             }
             Phase::Closing { deadline } => {
-                let closed = self.upstreams.iter().all(Upstream::is_closed);
-                let told = self.sources.table.values().all(|s| matches!(s.io, Io::Fifo(_)));
-                ((closed && told) || self.now >= deadline).then(|| self.ending())
+                let is_closed = self.upstreams.iter().all(Upstream::is_closed);
+                (is_closed || self.now >= deadline).then(|| self.ending())
             }
         }
     }
@@ -95,10 +94,10 @@ impl Shard {
                 let handle = source.cutter.is_some().then_some(0);
                 source.session.handle_refused(handle, Reason::Partial);
             }
-            if !matches!(source.io, Io::Fifo(_)) {
-                source.ended = Some(Reason::Drained);
-                self.end(id);
-            }
+            // FIFOs too, in the same moment: what is written to one from here on stays in it as
+            // long as its writer lives, and is read by the next broker.
+            source.ended = Some(Reason::Drained);
+            self.end(id);
         }
         for upstream in 0..self.upstreams.len() {
             self.upstreams[upstream].pool.close_down(self.now);
@@ -155,6 +154,7 @@ fn is_at_its_end(source: &Source) -> bool {
         // Read to the end, and told; or kept by what it attached.
         Io::Unix(_) => source.ended.is_some() && source.children > 0,
         Io::Socketpair(_) => false,
-        Io::Fifo(_) | Io::Pipe(_) => !source.is_blocked,
+        // The rest of an unfinished message is waited for, as long as partial_timeout allows.
+        Io::Fifo(_) | Io::Pipe(_) => !source.is_blocked && source.buffer.is_none(),
     }
 }

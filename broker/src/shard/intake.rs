@@ -659,7 +659,8 @@ fn finish_turn(desk: &mut Desk<'_>, source: &mut Source, served: Served) {
     let unfinished = match &source.io {
         Io::Unix(socket) if socket.descriptors() > 0 => Unfinished::MessageWithDescriptor,
         Io::Unix(_) | Io::Fifo(_) if !is_empty || is_skipping => Unfinished::Message,
-        // Nobody waits behind an unfinished message of a pipe of one's own.
+        // Nobody waits behind an unfinished message of a pipe of one's own, but the shutdown.
+        Io::Pipe(_) if desk.is_draining && !is_empty => Unfinished::Message,
         Io::Unix(_) | Io::Fifo(_) | Io::Pipe(_) | Io::Socketpair(_) => Unfinished::Nothing,
     };
     // The wait began with the last bytes read, which set the deadline aside.

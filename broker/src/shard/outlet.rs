@@ -103,11 +103,29 @@ struct Socket {
     is_ending: bool,
     discard: Discard,
     drops_seen: u32,
-    /// The request being written.
-    out: Vec<u8>,
-    written: usize,
+    /// The request that it carries, once it is being written; a request that was only granted
+    /// this connection has no reply yet.
+    exchange: Option<Exchange>,
     input: Option<ReceiveBuffer>,
     cutter: Cutter,
+}
+
+/// A request on its connection.
+#[derive(Debug)]
+struct Exchange {
+    request: RequestId,
+    bytes: Vec<u8>,
+    written: usize,
+}
+
+impl Exchange {
+    fn is_begun(&self) -> bool {
+        self.written > 0
+    }
+
+    fn is_written(&self) -> bool {
+        self.written == self.bytes.len()
+    }
 }
 
 impl Upstream {
@@ -227,7 +245,7 @@ impl Upstream {
         }
         match self.pool.request(now, owner, timeout.map(|timeout| now + timeout)) {
             Acquire::Granted { request, conn } => {
-                self.write_request(now, conn, bytes);
+                self.write_request(now, conn, request, bytes);
                 Ok(request)
             }
             Acquire::Queued { request } => {
@@ -376,8 +394,11 @@ impl Upstream {
             match action {
                 Action::Connect { conn, role, remote } => self.connect(cx, conn, role, remote),
                 Action::Dispatch { conn, request } => {
-                    if let Some(bytes) = self.bodies.remove(request) {
-                        self.write_request(cx.now, conn, bytes);
+                    // The connection may have been lost meanwhile; the request waits again then.
+                    if self.pool.request_on(conn) == Some(request)
+                        && let Some(bytes) = self.bodies.remove(request)
+                    {
+                        self.write_request(cx.now, conn, request, bytes);
                     }
                 }
                 Action::Fail { request, owner, end, was_sent } => {
@@ -440,8 +461,7 @@ impl Upstream {
                 is_ending: false,
                 discard,
                 drops_seen: 0,
-                out: Vec::new(),
-                written: 0,
+                exchange: None,
                 input: None,
                 cutter,
             },
@@ -514,29 +534,27 @@ impl Upstream {
 
     // Requests.
 
-    fn write_request(&mut self, now: Time, conn: ConnId, bytes: Vec<u8>) {
-        let Some(socket) = self.sockets.get_mut(conn) else {
-            return;
+    fn write_request(&mut self, now: Time, conn: ConnId, request: RequestId, bytes: Vec<u8>) {
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        socket.exchange = Some(Exchange { request, bytes, written: 0 });
+        let checked = match self.config.url.protocol {
+            Protocol::Tcp => tcp::check_reusable(&socket.fd),
+            Protocol::Udp | Protocol::UdpWriteOnly => udp::check_reusable(&socket.fd),
         };
-        socket.out = bytes;
-        socket.written = 0;
-        if self.config.url.protocol == Protocol::Tcp
-            && let Err(reason) = tcp::check_reusable(&socket.fd)
-        {
+        if let Err(reason) = checked {
             return self.lose(now, conn, reason);
         }
         self.write_rest(now, conn);
     }
 
     fn write_rest(&mut self, now: Time, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else {
-            return;
-        };
+        let Some(socket) = self.sockets.get_mut(conn) else { return };
+        let Some(exchange) = &mut socket.exchange else { return };
         let mut is_retry = false;
-        while socket.written < socket.out.len() && socket.is_writable {
-            match tcp::write(&socket.fd, &socket.out[socket.written..]) {
+        while !exchange.is_written() && socket.is_writable {
+            match tcp::write(&socket.fd, &exchange.bytes[exchange.written..]) {
                 Ok(bytes) => {
-                    socket.written += bytes;
+                    exchange.written += bytes;
                     if let Some(record) = self.pool.conn_mut(conn) {
                         record.bytes_out += bytes as u64;
                     }
@@ -552,12 +570,10 @@ impl Upstream {
 
     /// A connection is of no use any more. A request of which no byte left gets its body back.
     fn lose(&mut self, now: Time, conn: ConnId, reason: Reason) {
-        let mut untouched = false;
-        if let Some(socket) = self.sockets.get_mut(conn) {
-            untouched = socket.written == 0;
-            if untouched && let Some(request) = self.pool.request_on(conn) {
-                self.bodies.insert(request, std::mem::take(&mut socket.out));
-            }
+        let exchange = self.sockets.get_mut(conn).and_then(|socket| socket.exchange.take());
+        let untouched = exchange.as_ref().is_none_or(|exchange| !exchange.is_begun());
+        if untouched && let Some(Exchange { request, bytes, .. }) = exchange {
+            self.bodies.insert(request, bytes);
         }
         self.pool.handle_lost(now, conn, reason, untouched);
     }
@@ -659,17 +675,19 @@ impl Upstream {
     /// Delivers the complete replies in a connection's buffer; why the connection is lost, if so.
     fn cut_replies(&mut self, cx: &mut Context<'_>, conn: ConnId) -> Option<Reason> {
         let socket = self.sockets.get_mut(conn)?;
-        let is_request_written = socket.written == socket.out.len();
         let buffer = socket.input.as_mut()?;
         loop {
             let role = self.pool.conn(conn)?.role;
-            if role == Role::Exchange && !buffer.is_empty() && self.pool.holder(conn).is_none() {
+            let is_asked = socket.exchange.as_ref().is_some_and(Exchange::is_begun);
+            if role == Role::Exchange && !buffer.is_empty() && !is_asked {
                 return Some(Reason::Unsolicited);
             }
             match socket.cutter.next_cut(buffer.unread()) {
                 Cut::Message { body, consumed } => {
                     let body = &buffer.unread()[body];
-                    let is_last = consumed == buffer.unread().len() && is_request_written;
+                    let exchange = socket.exchange.take();
+                    let is_last = consumed == buffer.unread().len()
+                        && exchange.is_some_and(|exchange| exchange.is_written());
                     let after = if is_last { After::Nothing } else { After::Surplus };
                     let deliverable =
                         self.pool.holder(conn).is_none_or(|owner| cx.sources.can_take(owner, body));
@@ -708,7 +726,8 @@ impl Upstream {
             Ok(bytes) => {
                 buffer.fill(bytes);
                 let discards = socket.discard == Discard::Drain;
-                let holder = self.pool.holder(conn);
+                let exchange = socket.exchange.take_if(|exchange| exchange.is_begun());
+                let holder = exchange.and_then(|_| self.pool.holder(conn));
                 if let Some(record) = self.pool.conn_mut(conn) {
                     record.bytes_in += bytes as u64;
                     record.replies_discarded += u64::from(discards || holder.is_none());

@@ -18,6 +18,8 @@ use rustix::net::{
     socket_with, sockopt as net_sockopt,
 };
 
+use poolbroker_proto::reason::Reason;
+
 use super::sockopt;
 
 /// Datagrams per system call: what GSO takes on every kernel (UDP_MAX_SEGMENTS; E12).
@@ -84,6 +86,15 @@ pub fn make_deaf(socket: impl AsFd) -> Discard {
 /// Reads one datagram; a longer one than `room` is cut off.
 pub fn receive(socket: impl AsFd, room: &mut [u8]) -> Result<usize, Errno> {
     recv(socket, room, RecvFlags::DONTWAIT).map(|(bytes, _)| bytes)
+}
+
+/// Whether a socket between two requests can carry another one: nothing waits to be read that
+/// would be taken for its reply. A pending error of an earlier datagram is cleared by looking.
+pub fn check_reusable(socket: impl AsFd) -> Result<(), Reason> {
+    match recv(socket, &mut [0u8; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        Ok(_) => Err(Reason::Unsolicited),
+        Err(_) => Ok(()),
+    }
 }
 
 /// Empties the error queue, which would otherwise keep epoll awake (E51); how many errors it had.
