@@ -3,11 +3,7 @@
 //! Idle sessions and connections hold none: a [`ReceiveBuffer`] is taken from the [`Spares`] when
 //! something is to be read and goes back when everything in it was used.
 
-/// Bytes of a fresh receive buffer: what a pipe holds by default (pipe(7)).
-pub const RECEIVE_BYTES: usize = 64 * 1024;
-
-/// How many receive buffers are kept for reuse; more are freed.
-const SPARES_MAX: usize = 16;
+use crate::config::{RECEIVE_BYTES, SPARES_MAX};
 
 /// Bytes received and not yet used.
 #[derive(Debug)]

@@ -6,8 +6,7 @@ use std::os::fd::OwnedFd;
 
 use crossbeam_channel::{Sender, TrySendError, bounded};
 
-/// Descriptors that may wait for the thread; more wait with the shard.
-const QUEUE_MAX: usize = 1_024;
+use crate::config::CLOSER_QUEUE_MAX;
 
 /// The closer thread, as the shard sees it.
 #[derive(Debug)]
@@ -19,7 +18,7 @@ pub struct Closer {
 impl Closer {
     /// Starts the thread; it ends when this is dropped and everything is closed.
     pub fn start() -> io::Result<Self> {
-        let (queue, descriptors) = bounded::<OwnedFd>(QUEUE_MAX);
+        let (queue, descriptors) = bounded::<OwnedFd>(CLOSER_QUEUE_MAX);
         std::thread::Builder::new()
             .name("closer".into())
             .spawn(move || descriptors.into_iter().for_each(drop))?;

@@ -10,6 +10,7 @@
 //! a host exists is not asked here: this file only reads text.
 
 mod entry;
+mod fixed;
 
 use std::fmt;
 use std::path::Path;
@@ -23,56 +24,8 @@ use toml::de::{DeTable, DeValue};
 
 pub use entry::ConfigError;
 use entry::{Entry, Setting, Source, expected, line_at, read_within, shown};
-
-/// The longest UDP payload over IPv4: 65,535 less 20 bytes of IP and 8 of UDP header.
-pub const UDP_PAYLOAD_BYTES_MAX: usize = 65_507;
-
-/// The longest message that any upstream can be configured to take.
-pub const MESSAGE_BYTES_MAX: usize = 64 * MIB;
-
-/// How long `send` and `pipe` wait for outcomes, or for the broker to come back, unless told.
-pub const SEND_TIMEOUT: Duration = s(30);
-
-/// Messages of `send` without an outcome: what is in doubt at most when a broker crashes. Large
-/// enough that waiting for outcomes costs a few percent.
-pub const SEND_CHUNK_MESSAGES_MAX: usize = 32_768;
-
-/// Their bytes, which `send` keeps so that it can repeat what a broker never took.
-pub const SEND_CHUNK_BYTES_MAX: usize = 4 * MIB;
-
-/// Bytes that `send` hands over at once while it reads on: what a socket takes without waiting.
-pub const SEND_BATCH_BYTES: usize = 16 * KIB;
-
-/// How much of standard input is read at once.
-pub const INPUT_BLOCK_BYTES: usize = 256 * KIB;
-
-/// The pause before a vanished broker is looked for again; doubles up to the next.
-pub const RECONNECT_PAUSE_MIN: Duration = ms(10);
-
-/// The longest such pause: a restart is noticed soon and waiting for one costs nothing.
-pub const RECONNECT_PAUSE_MAX: Duration = ms(250);
-
-/// How long `request` waits for its reply unless told: about what a person or a script expects.
-pub const REQUEST_TIMEOUT: Duration = s(1);
-
-/// How long `status` waits for the broker's answer.
-pub const STATUS_TIMEOUT: Duration = s(10);
-
-/// The longest `--timeout`.
-pub const TIMEOUT_MAX: Duration = DAY;
-
-/// Messages that `demo` has on their way at once: 100 small datagrams take some 76 KiB of the
-/// 208 KiB that a UDP socket may hold.
-pub const DEMO_BATCH_MESSAGES: u64 = 100;
-
-/// Batches of each scene of `demo`.
-pub const DEMO_BATCHES: u64 = 10;
-
-/// How long `demo` waits for any one thing.
-pub const DEMO_TIMEOUT: Duration = s(10);
-
-/// The longest write to a pipe that the kernel keeps in one piece (pipe(7)).
-pub const PIPE_BUF: usize = 4_096;
+use fixed::units::{DAY, KIB, MIB, NONE, ms, s};
+pub use fixed::*;
 
 /// Everything `serve` needs to know.
 #[derive(Debug, Clone, Default)]
@@ -237,19 +190,6 @@ macro_rules! limits {
         }
     };
 }
-
-const fn ms(milliseconds: u64) -> Duration {
-    Duration::from_millis(milliseconds)
-}
-
-const fn s(seconds: u64) -> Duration {
-    Duration::from_secs(seconds)
-}
-
-const NONE: Duration = Duration::ZERO;
-const DAY: Duration = Duration::from_secs(86_400);
-const KIB: usize = 1024;
-const MIB: usize = 1024 * KIB;
 
 limits! {
     /// Limits of one upstream, `[upstream.NAME]`.

@@ -12,7 +12,6 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt}
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use crossbeam_channel::{TryRecvError, bounded};
 use nix::fcntl::{Flock, FlockArg};
@@ -24,6 +23,7 @@ use nix::unistd::{Gid, Group, geteuid};
 use poolbroker_proto::runtime_dir::RuntimeDir;
 
 use crate::closer::Closer;
+use crate::config::{ADMIN_TIMEOUT, COMMANDS_MAX, QUESTION_BYTES_MAX, SHARD_TIMEOUT};
 use crate::config::{Config, SocketAccess};
 use crate::mailbox::{MailSender, Mailbox, mailbox};
 pub use crate::shard::Ending;
@@ -32,19 +32,6 @@ use crate::transport::fifo::{FifoError, open_fifo};
 use crate::transport::{pipe, unix};
 use crate::upstream::resolve::Resolver;
 use crate::upstream::sockopt;
-
-/// Commands that may wait for the shard.
-const COMMANDS_MAX: usize = 64;
-
-/// How long the asker of `status` may take to ask and to read: the admin socket is served one by
-/// one, by a thread that also has the signals.
-const ADMIN_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// How long the shard may take to answer: it copies its numbers between two turns.
-const SHARD_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// The longest question on the admin socket, in bytes.
-const QUESTION_BYTES_MAX: usize = 256;
 
 /// Why the broker does not start.
 #[derive(Debug, thiserror::Error)]

@@ -15,13 +15,12 @@ use rustix::event::epoll::{
 use rustix::io::Errno;
 use slotmap::{Key, KeyData, SlotMap, new_key_type};
 
+use crate::config::EVENTS_MAX;
+
 new_key_type! {
     /// One registration.
     pub struct Token;
 }
-
-/// Events taken per turn.
-const EVENTS_MAX: usize = 256;
 
 /// What an event says about a descriptor.
 #[derive(Debug, Clone, Copy)]

@@ -37,6 +37,7 @@ use slotmap::{SlotMap, new_key_type};
 
 use self::places::Places;
 use crate::balance::{Balance, BalanceLimits, Breaker};
+use crate::config::LIFETIME_JITTER_PERCENT;
 use crate::config::UpstreamLimits;
 use crate::inflight::{InFlight, Owner, RequestId};
 use crate::outbox::{Leaving, Outbox};
@@ -48,9 +49,6 @@ new_key_type! {
     /// One connection: index and generation.
     pub struct ConnId;
 }
-
-/// How much a lifetime varies, so that connections opened together do not close together.
-const LIFETIME_JITTER_PERCENT: u32 = 10;
 
 /// What a connection does for its whole life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

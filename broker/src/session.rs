@@ -18,6 +18,7 @@ use poolbroker_proto::message::Outcomes;
 use poolbroker_proto::reason::Reason;
 use slotmap::new_key_type;
 
+use crate::config::HANDLES_MAX;
 use crate::inflight::RequestId;
 use crate::stats::{Ledger, Settled, Tally};
 use crate::timers::Time;
@@ -26,9 +27,6 @@ new_key_type! {
     /// One source of messages, a session or a listener: index and generation.
     pub struct SourceId;
 }
-
-/// The most upstreams one session may open: handles are 16 bits, and each has a ledger.
-pub const HANDLES_MAX: usize = 4_096;
 
 /// The medium of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

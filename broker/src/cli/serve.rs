@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use poolbroker_proto::runtime_dir::RuntimeDir;
 use tracing::level_filters::LevelFilter;
+use tracing_appender::non_blocking::{NonBlockingBuilder, WorkerGuard};
 
 use super::after_help;
 use super::exit::{CommandError, Exit, complain, messages};
 use super::table::{stderr_takes_colour, wrap};
-use crate::config::{Config, LIMIT_SECTIONS};
+use crate::config::{Config, LIMIT_SECTIONS, LOG_LINES_MAX};
 use crate::control::{self, Ending};
 
 /// Run the broker in the foreground until SIGTERM or SIGINT.
@@ -53,7 +54,7 @@ impl Serve {
     /// Runs the broker to its end.
     pub fn run(self, runtime_dir: RuntimeDir) -> Result<Exit, CommandError> {
         let config = self.configuration()?;
-        start_log(self.log);
+        let _log = start_log(self.log);
         match control::run(config, runtime_dir) {
             Ok(Ending::Clean) => Ok(Exit::Done),
             Ok(Ending::Undelivered { messages: count }) => {
@@ -83,7 +84,10 @@ impl Serve {
     }
 }
 
-fn start_log(level: Level) {
+/// Logs to standard error through a thread of its own: a terminal or pipe that takes nothing
+/// costs lines, which are dropped once [`LOG_LINES_MAX`] wait, and never holds up the broker. What
+/// waits is written when the guard is dropped.
+fn start_log(level: Level) -> WorkerGuard {
     let level = match level {
         Level::Off => LevelFilter::OFF,
         Level::Error => LevelFilter::ERROR,
@@ -92,11 +96,17 @@ fn start_log(level: Level) {
         Level::Debug => LevelFilter::DEBUG,
         Level::Trace => LevelFilter::TRACE,
     };
+    let (writer, guard) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(LOG_LINES_MAX)
+        .thread_name("log")
+        .finish(std::io::stderr());
     tracing_subscriber::fmt()
         .with_max_level(level)
         .with_ansi(stderr_takes_colour())
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .init();
+    guard
 }
 
 fn after_long_help() -> String {

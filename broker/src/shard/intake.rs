@@ -15,16 +15,16 @@ use poolbroker_proto::reason::Reason;
 
 use super::outlet::{Push, Upstream};
 use super::sources::{Source, Sources};
-use crate::buffer::{RECEIVE_BYTES, Spares};
-use crate::config::{BrokerLimits, Dynamic, Overflow, UpstreamConfig};
+use crate::buffer::Spares;
+use crate::config::{
+    BrokerLimits, CLIENT_TEXT_CHARS_MAX, Dynamic, HANDLES_MAX, Overflow, RECEIVE_BYTES,
+    UpstreamConfig,
+};
 use crate::inflight::Owner;
 use crate::session::{SourceId, Unfinished};
 use crate::stats::Settled;
 use crate::timers::Time;
 use crate::transport::{Io, Read};
-
-/// How much of a client's own text is repeated to it (M24).
-const CLIENT_TEXT_CHARS_MAX: usize = 64;
 
 /// What the shard lends to a source for its turn.
 pub struct Desk<'a> {
@@ -482,10 +482,7 @@ fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
 
 fn opened(desk: &Desk<'_>, source: &mut Source, upstream: usize) -> Answer {
     let handle = source.session.open(upstream).map_err(|reason| {
-        (
-            reason,
-            format!("{reason}: a session opens at most {} upstreams", crate::session::HANDLES_MAX),
-        )
+        (reason, format!("{reason}: a session opens at most {} upstreams", HANDLES_MAX))
     })?;
     let config = &desk.upstreams[upstream].config;
     Ok(Some(BrokerMessage::Opened {

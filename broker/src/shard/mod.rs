@@ -34,6 +34,9 @@ use self::outlet::{Context, Upstream};
 use self::sources::Sources;
 use crate::buffer::Spares;
 use crate::closer::Closer;
+use crate::config::{
+    ACCEPT_PAUSE, ACCEPTS_MAX, CLOSING_GRACE, DISCARD_INTERVAL, RUNS_PER_TURN, STARVED_PAUSE,
+};
 use crate::config::{BrokerLimits, Config, Dynamic, UpstreamLimits};
 use crate::mailbox::Mailbox;
 use crate::poller::{Poller, Readiness, Token};
@@ -45,25 +48,6 @@ use crate::stats::Tally;
 use crate::timers::Time;
 use crate::transport::Io;
 use crate::upstream::resolve::Resolver;
-
-/// Runs of sources per turn, if fewer are ready: 2,048 messages, a fraction of a millisecond.
-const RUNS_PER_TURN: usize = 32;
-
-/// Clients accepted in a row before others have their turn.
-const ACCEPTS_MAX: usize = 64;
-
-/// How long the listener rests when no descriptor is left (R1).
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-
-/// How often the 32-bit drop counters of the kernel are read: at 10 Gbit/s of the smallest
-/// replies they wrap after 290 s.
-const DISCARD_INTERVAL: Duration = Duration::from_secs(60);
-
-/// What connections have to end in order once the time to drain is over.
-const CLOSING_GRACE: Duration = Duration::from_secs(1);
-
-/// How long sources without quota for a buffer wait before they try again.
-const STARVED_PAUSE: Duration = Duration::from_millis(10);
 
 /// What another thread asks of the shard.
 #[derive(Debug)]

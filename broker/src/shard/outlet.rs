@@ -18,6 +18,7 @@ use slotmap::SecondaryMap;
 use super::Target;
 use super::sources::Sources;
 use crate::buffer::{ReceiveBuffer, SendBuffer, Spares};
+use crate::config::{BATCHES_MAX, READS_MAX};
 use crate::config::{BrokerLimits, Overflow, UpstreamConfig};
 use crate::inflight::{Owner, RequestId};
 use crate::poller::{Poller, Readiness, Token};
@@ -28,12 +29,6 @@ use crate::stats::RequestEnd;
 use crate::timers::Time;
 use crate::upstream::udp::{self, Discard, Unsent};
 use crate::upstream::{broken, connect_failure, sockopt, tcp};
-
-/// Reads of one connection in a row before others have their turn.
-const READS_MAX: usize = 16;
-
-/// Batches of datagrams sent in a row before others have their turn.
-const BATCHES_MAX: usize = 64;
 
 /// What the shard lends to an upstream while it works.
 pub struct Context<'a> {

@@ -20,10 +20,8 @@ use rustix::net::{
 
 use super::Read;
 use crate::buffer::ReceiveBuffer;
+use crate::config::BACKLOG;
 use crate::upstream::sockopt as raw_sockopt;
-
-/// Connections the kernel keeps for us between two turns (R7); net.core.somaxconn caps it.
-const BACKLOG: i32 = 4_096;
 
 /// Opens a listening socket at `path`, which must not exist. The mode is set before the socket
 /// has a name, so that there is no moment with a wider one (E18); one with a group is opened to

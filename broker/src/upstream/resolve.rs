@@ -9,11 +9,7 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, Sender, bounded};
 
-/// More addresses of one name than this are left out.
-const ADDRESSES_MAX: usize = 16;
-
-/// Names that may wait for the thread at once.
-const REQUESTS_MAX: usize = 4_096;
+use crate::config::{ADDRESSES_MAX, RESOLVER_QUEUE_MAX};
 
 /// A name to keep resolved.
 #[derive(Debug)]
@@ -35,7 +31,7 @@ impl Resolver {
         interval: Duration,
         report: impl Fn(usize, Vec<SocketAddr>) -> bool + Send + 'static,
     ) -> io::Result<Self> {
-        let (names, requests) = bounded(REQUESTS_MAX);
+        let (names, requests) = bounded(RESOLVER_QUEUE_MAX);
         std::thread::Builder::new()
             .name("resolver".into())
             .spawn(move || run(&requests, interval, &report))?;
