@@ -5,16 +5,10 @@
 //! An entry leaves the table exactly once, when its request has its end; a late event finds no
 //! entry and reaches nobody.
 
-use slotmap::{SecondaryMap, SlotMap, new_key_type};
+use slotmap::{SecondaryMap, SlotMap};
 
-use crate::pool::ConnId;
-use crate::session::SourceId;
+use crate::ids::{ConnId, RequestId, SourceId};
 use crate::timers::Time;
-
-new_key_type! {
-    /// One request: index and generation.
-    pub struct RequestId;
-}
 
 /// Who asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

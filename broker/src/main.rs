@@ -6,6 +6,7 @@ mod cli;
 mod closer;
 mod config;
 mod control;
+mod ids;
 mod inflight;
 mod mailbox;
 mod outbox;

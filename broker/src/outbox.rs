@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 
-use crate::session::SourceId;
+use crate::ids::SourceId;
 use crate::timers::Time;
 
 /// Consecutive messages of one source, accepted at one moment.

@@ -33,22 +33,17 @@ use std::net::SocketAddr;
 
 use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
-use slotmap::{SlotMap, new_key_type};
+use slotmap::SlotMap;
 
 use self::places::Places;
 use crate::balance::{Balance, BalanceLimits, Breaker};
 use crate::config::LIFETIME_JITTER_PERCENT;
 use crate::config::UpstreamLimits;
-use crate::inflight::{InFlight, Owner, RequestId};
+use crate::ids::{ConnId, RequestId, SourceId};
+use crate::inflight::{InFlight, Owner};
 use crate::outbox::{Leaving, Outbox};
-use crate::session::SourceId;
 use crate::stats::{Ledger, RequestCounts, RequestEnd, Settled, Tally};
 use crate::timers::{Deadlines, Time};
-
-new_key_type! {
-    /// One connection: index and generation.
-    pub struct ConnId;
-}
 
 /// What a connection does for its whole life.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

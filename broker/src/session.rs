@@ -16,17 +16,11 @@ use std::time::Duration;
 use poolbroker_proto::frame;
 use poolbroker_proto::message::Outcomes;
 use poolbroker_proto::reason::Reason;
-use slotmap::new_key_type;
 
 use crate::config::HANDLES_MAX;
-use crate::inflight::RequestId;
+use crate::ids::RequestId;
 use crate::stats::{Ledger, Settled, Tally};
 use crate::timers::Time;
-
-new_key_type! {
-    /// One source of messages, a session or a listener: index and generation.
-    pub struct SourceId;
-}
 
 /// The medium of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

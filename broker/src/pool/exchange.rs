@@ -3,8 +3,9 @@
 use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
 
-use super::{Acquire, Action, ConnId, Pool, State, Timer, earliest};
-use crate::inflight::{Place, RequestId};
+use super::{Acquire, Action, Pool, State, Timer, earliest};
+use crate::ids::{ConnId, RequestId};
+use crate::inflight::Place;
 use crate::stats::RequestEnd;
 use crate::timers::Time;
 

@@ -3,7 +3,8 @@
 use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
 
-use super::{Action, ConnId, Pool, State, Timer};
+use super::{Action, Pool, State, Timer};
+use crate::ids::ConnId;
 use crate::outbox::{Leaving, Outbox};
 use crate::stats::Settled;
 use crate::timers::Time;

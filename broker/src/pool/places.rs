@@ -6,8 +6,9 @@
 use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
 
-use super::{Action, Conn, ConnId, Pool, Role, State, Timer};
+use super::{Action, Conn, Pool, Role, State, Timer};
 use crate::balance::Pick;
+use crate::ids::ConnId;
 use crate::stats::RequestEnd;
 use crate::timers::Time;
 

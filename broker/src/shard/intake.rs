@@ -20,8 +20,9 @@ use crate::config::{
     BrokerLimits, CLIENT_TEXT_CHARS_MAX, Dynamic, HANDLES_MAX, Overflow, RECEIVE_BYTES,
     UpstreamConfig,
 };
+use crate::ids::SourceId;
 use crate::inflight::Owner;
-use crate::session::{SourceId, Unfinished};
+use crate::session::Unfinished;
 use crate::stats::Settled;
 use crate::timers::Time;
 use crate::transport::{Io, Read};

@@ -38,11 +38,10 @@ use crate::config::{
     ACCEPT_PAUSE, ACCEPTS_MAX, CLOSING_GRACE, DISCARD_INTERVAL, RUNS_PER_TURN, STARVED_PAUSE,
 };
 use crate::config::{BrokerLimits, Config, Dynamic, UpstreamLimits};
+use crate::ids::{ConnId, SourceId};
 use crate::mailbox::Mailbox;
 use crate::poller::{Poller, Readiness, Token};
-use crate::pool::ConnId;
 use crate::quota::{QuotaLimits, Quotas};
-use crate::session::SourceId;
 use crate::snapshot::{ListenerSnapshot, Snapshot, by_reason};
 use crate::stats::Tally;
 use crate::timers::Time;

@@ -14,10 +14,11 @@ use serde::Serialize;
 use slotmap::SlotMap;
 
 use crate::buffer::ReceiveBuffer;
-use crate::inflight::{Owner, RequestId};
+use crate::ids::{RequestId, SourceId};
+use crate::inflight::Owner;
 use crate::poller::Token;
 use crate::quota::Charge;
-use crate::session::{Action, Session, SourceId};
+use crate::session::{Action, Session};
 use crate::snapshot::{SessionSnapshot, by_reason};
 use crate::stats::Settled;
 use crate::timers::{Deadlines, Time};
