@@ -87,9 +87,29 @@ fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> StartError {
     move |cause| StartError::Kernel { what, cause }
 }
 
+/// The signals that end a broker, read through a descriptor from now on.
+pub struct Signals(SignalFd);
+
+impl Signals {
+    /// Blocks them. To be called before any thread is started: a thread inherits the mask, and
+    /// one without it would take the signal, and the process with it.
+    pub fn block() -> Result<Self, StartError> {
+        let mut mask = SigSet::empty();
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+            mask.add(signal);
+        }
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let signals = mask.thread_block().and_then(|()| SignalFd::with_flags(&mask, flags));
+        signals.map(Signals).map_err(|error| kernel("signals")(error.into()))
+    }
+}
+
 /// Runs a broker to its end.
-pub fn run(config: Config, runtime_dir: RuntimeDir) -> Result<Ending, StartError> {
-    let signals = block_signals()?;
+pub fn run(
+    config: Config,
+    runtime_dir: RuntimeDir,
+    signals: Signals,
+) -> Result<Ending, StartError> {
     let descriptors_max = raise_descriptor_limit();
     make_directory(runtime_dir.path())?;
     let _lock = take_lock(&runtime_dir.lock_file())?;
@@ -171,17 +191,6 @@ fn finish(
 }
 
 // Start.
-
-/// From here on signals come through a descriptor; threads inherit the mask.
-fn block_signals() -> Result<SignalFd, StartError> {
-    let mut mask = SigSet::empty();
-    for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
-        mask.add(signal);
-    }
-    mask.thread_block()
-        .and_then(|()| SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK))
-        .map_err(|error| kernel("signals")(error.into()))
-}
 
 /// Raises the soft limit of descriptors to the hard one; what the process may have.
 fn raise_descriptor_limit() -> usize {
@@ -302,7 +311,7 @@ fn find_group(name: Option<&str>, of: &Path) -> Result<Option<Gid>, StartError> 
 // Service.
 
 struct Control {
-    signals: SignalFd,
+    signals: Signals,
     admin: UnixListener,
     commands: MailSender<Command>,
     ended: Mailbox<Result<Ending, io::Error>>,
@@ -313,7 +322,7 @@ impl Control {
     fn serve(&self) -> Option<Result<Ending, io::Error>> {
         let mut is_draining = false;
         loop {
-            let watched = [self.signals.as_fd(), self.admin.as_fd(), self.ended.as_fd()];
+            let watched = [self.signals.0.as_fd(), self.admin.as_fd(), self.ended.as_fd()];
             let mut polled = watched.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
             if let Err(error) = poll(&mut polled, PollTimeout::NONE)
                 && error != nix::errno::Errno::EINTR
@@ -326,7 +335,7 @@ impl Control {
                 Err(TryRecvError::Disconnected) => return None,
                 Err(TryRecvError::Empty) => {}
             }
-            while let Ok(Some(signal)) = self.signals.read_signal() {
+            while let Ok(Some(signal)) = self.signals.0.read_signal() {
                 let command = if is_draining { Command::Stop } else { Command::Drain };
                 tracing::info!(
                     signal = signal.ssi_signo,

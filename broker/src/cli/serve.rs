@@ -12,7 +12,7 @@ use super::after_help;
 use super::exit::{CommandError, Exit, complain, messages};
 use super::table::{stderr_takes_colour, wrap};
 use crate::config::{Config, LIMIT_SECTIONS, LOG_LINES_MAX};
-use crate::control::{self, Ending};
+use crate::control::{self, Ending, Signals};
 
 /// Run the broker in the foreground until SIGTERM or SIGINT.
 ///
@@ -54,8 +54,11 @@ impl Serve {
     /// Runs the broker to its end.
     pub fn run(self, runtime_dir: RuntimeDir) -> Result<Exit, CommandError> {
         let config = self.configuration()?;
-        let _log = start_log(self.log);
-        match control::run(config, runtime_dir) {
+        let started = Signals::block().and_then(|signals| {
+            let _log = start_log(self.log);
+            control::run(config, runtime_dir, signals)
+        });
+        match started {
             Ok(Ending::Clean) => Ok(Exit::Done),
             Ok(Ending::Undelivered { messages: count }) => {
                 complain(&format!("{} could not be sent before the end", messages(count)));

@@ -25,7 +25,7 @@ use crate::upstream::sockopt as raw_sockopt;
 
 /// Opens a listening socket at `path`, which must not exist. The mode is set before the socket
 /// has a name, so that there is no moment with a wider one (E18); one with a group is opened to
-/// the group once it is the right one. Changes the umask meanwhile: call it from the only thread.
+/// the group once it is the right one. Changes the umask meanwhile: no other thread may make files.
 pub fn open_listener(path: &Path, mode: u32, group: Option<Gid>) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
