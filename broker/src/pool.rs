@@ -483,10 +483,10 @@ impl Pool {
         messages
     }
 
-    /// Accepts and drops `messages` that found the queue full.
-    pub fn drop_newest(&mut self, messages: u64) {
+    /// Accepts and drops `messages` that do not get into the queue.
+    pub fn drop_unqueued(&mut self, messages: u64, reason: Reason) {
         self.ledger.accepted += messages;
-        self.ledger.settle(Settled::Dropped(Reason::QueueFull), messages);
+        self.ledger.settle(Settled::Dropped(reason), messages);
     }
 
     /// Drops the message that waited longest and is not partly written, if there is one: where

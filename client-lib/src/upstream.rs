@@ -252,6 +252,16 @@ impl Upstream {
         self.attach(Attachment::Pipe, reader.as_fd())
     }
 
+    /// As [`Upstream::attach_pipe`], for a pipe that the last broker stopped reading in the middle
+    /// of a line ([`Detached`](crate::Detached) then counts it as refused for
+    /// [`Reason::Partial`](crate::Reason::Partial)): the rest of that line is skipped.
+    ///
+    /// # Errors
+    /// As [`Upstream::attach_pipe`].
+    pub fn resume_pipe(&self, reader: impl AsFd) -> Result<Attached, Error> {
+        self.attach(Attachment::CutPipe, reader.as_fd())
+    }
+
     /// Makes a pair of stream sockets and lets the broker serve one of them: requests in the
     /// upstream's framing go in at the other, and their replies come out in order.
     ///

@@ -152,6 +152,10 @@ impl Framing {
     /// # Errors
     /// As [`Framing::encode`].
     pub fn encode_line(self, body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
+        if self == Framing::Crlf {
+            // A line whose writer ended it with CR LF has the CR left.
+            return self.encode(body.strip_suffix(b"\r").unwrap_or(body), out);
+        }
         if self == Framing::Lines {
             out.reserve(body.len() + 1);
             out.extend_from_slice(body);
@@ -285,6 +289,12 @@ impl Cutter {
             Framing::Crlf => Tail::Message(0..bytes.strip_suffix(b"\r").unwrap_or(bytes).len()),
             Framing::Length { .. } | Framing::Fixed { .. } | Framing::Raw => Tail::Partial,
         }
+    }
+
+    /// The stream begins in the middle of a message: skips the rest of it.
+    pub fn skip_begun(&mut self) {
+        self.searched = 0;
+        self.skip = Some(Skip::UntilDelimiter);
     }
 
     /// Forgets what was begun: the next byte starts a message.
@@ -542,6 +552,14 @@ mod tests {
         assert_eq!(cut(Framing::Crlf, b"a\r\nb\r", &[1]).2, Tail::Message(0..1));
         let counted = Framing::parse("u16be", None).unwrap();
         assert_eq!(cut(counted, &[0, 2, b'x'], &[1]).2, Tail::Partial);
+    }
+
+    #[test]
+    fn the_rest_of_a_message_that_was_begun_elsewhere_is_skipped() {
+        let mut cutter = Cutter::new(Framing::Lines, MAX);
+        cutter.skip_begun();
+        assert_eq!(cutter.next_cut(b"rest\nwhole\n"), Cut::Skipped { consumed: 5 });
+        assert_eq!(cutter.next_cut(b"whole\n"), Cut::Message { body: 0..5, consumed: 6 });
     }
 
     #[test]

@@ -40,6 +40,8 @@ pub enum ClientMessage {
 pub enum Attachment {
     /// The read end of a pipe: each line is one one-way message.
     Pipe,
+    /// The same, after another broker ended in the middle of a line: the rest of it is skipped.
+    CutPipe,
     /// One end of a Unix stream socketpair: requests in, replies out, in the upstream's framing.
     Socketpair,
 }

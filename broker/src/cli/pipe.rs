@@ -57,9 +57,12 @@ impl Pipe {
 pub fn hand_over(mut link: Link<'_>, input: &impl AsFd) -> Result<Exit, Exit> {
     let mut outcomes = Outcomes::default();
     let mut exit = Exit::Done;
+    let mut is_cut = false;
     let stopped = loop {
-        match attach(&link, input) {
+        match attach(&link, input, is_cut) {
             Ok(detached) => {
+                let refused = &detached.outcomes.refused;
+                is_cut = refused.iter().any(|(reason, _)| *reason == Reason::Partial);
                 merge(&mut outcomes, detached.outcomes);
                 match detached.reason {
                     Reason::EndOfInput => break Ok(()),
@@ -79,6 +82,7 @@ pub fn hand_over(mut link: Link<'_>, input: &impl AsFd) -> Result<Exit, Exit> {
                     link.upstream().name()
                 ));
                 exit = Exit::InDoubt;
+                is_cut = false;
             }
             Err(error) => break Err(error.into()),
         }
@@ -95,6 +99,11 @@ pub fn hand_over(mut link: Link<'_>, input: &impl AsFd) -> Result<Exit, Exit> {
     })
 }
 
-fn attach(link: &Link<'_>, input: &impl AsFd) -> Result<Detached, Error> {
-    link.upstream().attach_pipe(input)?.wait(Deadline::Never)
+/// Lets the broker read the pipe; `is_cut`: the last one ended in the middle of a line.
+fn attach(link: &Link<'_>, input: &impl AsFd, is_cut: bool) -> Result<Detached, Error> {
+    let attached = match is_cut {
+        true => link.upstream().resume_pipe(input)?,
+        false => link.upstream().attach_pipe(input)?,
+    };
+    attached.wait(Deadline::Never)
 }

@@ -11,7 +11,9 @@
 //! a pass over all of them, after everything else is settled, finds them empty.
 
 use poolbroker_proto::reason::Reason;
+use rustix::io::ioctl_fionread;
 
+use super::intake;
 use super::outlet::Upstream;
 use super::sources::Source;
 use super::{CLOSING_GRACE, Ending, Phase, Shard};
@@ -63,7 +65,7 @@ impl Shard {
                     && self.sources.table.values().all(is_at_its_end);
                 if !is_quiet {
                     self.phase = Phase::Draining { deadline, is_last_pass: false };
-                } else if is_last_pass {
+                } else if is_last_pass && !self.holds_unread_bytes() {
                     self.begin_closing(deadline);
                     return self.advance_drain();
                 } else {
@@ -83,6 +85,14 @@ impl Shard {
         }
     }
 
+    /// Whether a FIFO or pipe was written to since it was read: asked right before they are closed.
+    fn holds_unread_bytes(&self) -> bool {
+        self.sources.table.values().any(|source| match source.io {
+            Io::Fifo(_) | Io::Pipe(_) => ioctl_fionread(&source.io).is_ok_and(|bytes| bytes > 0),
+            Io::Unix(_) | Io::Socketpair(_) => false,
+        })
+    }
+
     fn begin_closing(&mut self, deadline: Time) {
         self.phase = Phase::Closing { deadline };
         // Attached pipes first, so that their parents hear of it.
@@ -90,10 +100,7 @@ impl Shard {
         ids.sort_by_key(|id| self.sources.table[*id].parent.is_none());
         for id in ids {
             let source = &mut self.sources.table[id];
-            if source.buffer.take().is_some_and(|buffer| !buffer.is_empty()) {
-                let handle = source.cutter.is_some().then_some(0);
-                source.session.handle_refused(handle, Reason::Partial);
-            }
+            self.given_up += intake::give_up_buffered(&mut self.upstreams, source);
             // FIFOs too, in the same moment: what is written to one from here on stays in it as
             // long as its writer lives, and is read by the next broker.
             source.ended = Some(Reason::Drained);
@@ -111,12 +118,7 @@ impl Shard {
             let Upstream { pool, config, .. } = &self.upstreams[upstream];
             let (queued, in_flight) = (pool.queued(), pool.in_flight());
             if queued > 0 || in_flight > 0 {
-                tracing::warn!(
-                    upstream = config.name,
-                    queued,
-                    in_flight,
-                    "given up after drain_timeout"
-                );
+                tracing::warn!(upstream = config.name, queued, in_flight, "given up");
             }
             self.given_up += queued + in_flight as u64;
             // Twice: a message that was partly written goes once its connection is closed.
@@ -127,14 +129,14 @@ impl Shard {
         }
         for source in self.sources.table.values_mut() {
             let unread = source.buffer.as_ref().is_some_and(|buffer| !buffer.is_empty());
-            let pending = rustix::io::ioctl_fionread(&source.io).unwrap_or(0);
+            let pending = ioctl_fionread(&source.io).unwrap_or(0);
             if unread || pending > 0 {
                 self.given_up += 1;
                 tracing::warn!(
                     session = source.session.id,
                     transport = source.session.transport.name(),
                     unread_bytes = pending,
-                    "not everything could be read before drain_timeout"
+                    "not read to its end"
                 );
             }
         }

@@ -225,7 +225,7 @@ impl Shard {
         let config = &self.upstreams[upstream].config;
         let message_bytes_max = config.limits.message_bytes_max;
         let (io, transport, framing) = match attachment {
-            Attachment::Pipe => {
+            Attachment::Pipe | Attachment::CutPipe => {
                 (Pipe::from_passed(descriptor).map(Io::Pipe), Transport::Pipe, Framing::Lines)
             }
             Attachment::Socketpair => {
@@ -242,7 +242,10 @@ impl Shard {
         };
         let id = self.take_session_id();
         let session = Session::bound(id, peer, transport, self.session_limits(), upstream);
-        let cutter = Cutter::new(framing, message_bytes_max);
+        let mut cutter = Cutter::new(framing, message_bytes_max);
+        if attachment == Attachment::CutPipe {
+            cutter.skip_begun();
+        }
         let source = Source {
             parent: Some(parent),
             _session_charge: Some(session_charge),
@@ -299,7 +302,7 @@ impl Shard {
 
 fn wanted(attachment: Attachment) -> &'static str {
     match attachment {
-        Attachment::Pipe => "the read end of a pipe or FIFO is wanted",
+        Attachment::Pipe | Attachment::CutPipe => "the read end of a pipe or FIFO is wanted",
         Attachment::Socketpair => "one end of a Unix stream socketpair is wanted",
     }
 }

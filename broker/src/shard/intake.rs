@@ -22,7 +22,7 @@ use crate::config::{
 };
 use crate::ids::SourceId;
 use crate::inflight::Owner;
-use crate::session::Unfinished;
+use crate::session::{Session, Unfinished};
 use crate::stats::Settled;
 use crate::timers::Time;
 use crate::transport::{Io, Read};
@@ -242,7 +242,7 @@ fn charge_descriptors(source: &mut Source) -> Result<(), Served> {
 /// Hands one one-way message to its upstream. False: it must stay where it is.
 fn push(
     desk: &mut Desk<'_>,
-    session: &mut crate::session::Session,
+    session: &mut Session,
     id: SourceId,
     taken: &mut Taken,
     route: Route,
@@ -264,9 +264,8 @@ fn push(
         }
         Push::Full => return false,
         Push::Dropped => {
-            desk.upstreams[upstream].pool.drop_newest(1);
-            session.handle_accepted(handle, 1);
-            session.handle_settled(upstream, Settled::Dropped(Reason::QueueFull), 1);
+            let outlet = &mut desk.upstreams[upstream];
+            drop_unqueued(outlet, session, (handle, upstream), 1, Reason::QueueFull);
         }
         Push::Refused(reason) => session.handle_refused(Some(handle), reason),
     }
@@ -275,13 +274,50 @@ fn push(
     true
 }
 
-/// Ends the run: what was staged is accepted.
-fn accept(
-    desk: &mut Desk<'_>,
-    session: &mut crate::session::Session,
-    id: SourceId,
-    taken: &mut Taken,
+/// Accepts messages that do not get into the queue of their upstream, and drops them.
+fn drop_unqueued(
+    outlet: &mut Upstream,
+    session: &mut Session,
+    (handle, upstream): (u16, usize),
+    messages: u64,
+    reason: Reason,
 ) {
+    outlet.pool.drop_unqueued(messages, reason);
+    session.handle_accepted(handle, messages);
+    session.handle_settled(upstream, Settled::Dropped(reason), messages);
+}
+
+/// Drops what a FIFO or pipe has been read of and could not hand over before the time to drain was
+/// over; how many messages that are. One that was cut off counts as refused.
+pub fn give_up_buffered(upstreams: &mut [Upstream], source: &mut Source) -> u64 {
+    let Source { session, buffer, cutter, .. } = source;
+    let (Some(mut buffer), Some(cutter)) = (buffer.take(), cutter) else { return 0 };
+    let Some(upstream) = session.upstream(0) else { return 0 };
+    let mut messages = 0;
+    loop {
+        match cutter.next_cut(buffer.unread()) {
+            Cut::Message { consumed, .. } => {
+                messages += 1;
+                buffer.consume(consumed);
+            }
+            Cut::Refused { reason, consumed } => {
+                session.handle_refused(Some(0), reason);
+                buffer.consume(consumed);
+            }
+            Cut::Skipped { consumed } => buffer.consume(consumed),
+            Cut::Incomplete => break,
+        }
+    }
+    if !buffer.is_empty() {
+        session.handle_refused(Some(0), Reason::Partial);
+    }
+    let outlet = &mut upstreams[upstream];
+    drop_unqueued(outlet, session, (0, upstream), messages, Reason::DrainTimeout);
+    messages
+}
+
+/// Ends the run: what was staged is accepted.
+fn accept(desk: &mut Desk<'_>, session: &mut Session, id: SourceId, taken: &mut Taken) {
     if let Some(run) = taken.run.take() {
         let messages = desk.upstreams[run.upstream()].accept(desk.now, id);
         session.handle_accepted(run.handle, messages);

@@ -268,7 +268,12 @@ impl Upstream {
             return;
         }
         if readiness.is_error() && self.config.url.protocol != Protocol::Tcp {
-            self.icmp_refused += udp::drain_error_queue(&socket.fd);
+            let errors = udp::drain_error_queue(&socket.fd);
+            self.icmp_refused += errors;
+            // With one request at a time the error is about this one: nobody listens there.
+            if errors > 0 && socket.exchange.as_ref().is_some_and(Exchange::is_begun) {
+                return self.lose(cx.now, conn, Reason::ConnectRefused);
+            }
         }
         if readiness.is_readable() {
             self.read(cx, conn);

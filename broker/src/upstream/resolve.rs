@@ -17,6 +17,7 @@ struct Name {
     upstream: usize,
     host: String,
     port: u16,
+    is_failing: bool,
 }
 
 /// The resolver thread, as the shard sees it.
@@ -41,7 +42,8 @@ impl Resolver {
     /// Keeps the host of `upstream` resolved from now on.
     pub fn watch(&self, upstream: usize, host: &str, port: u16) {
         // Full only with 4,096 names waiting; the thread ends only with the broker.
-        let _ = self.names.try_send(Name { upstream, host: host.to_owned(), port });
+        let _ =
+            self.names.try_send(Name { upstream, host: host.to_owned(), port, is_failing: false });
     }
 }
 
@@ -53,15 +55,15 @@ fn run(
     let mut names: Vec<Name> = Vec::new();
     loop {
         match requests.recv_timeout(interval) {
-            Ok(name) => {
-                if !report(name.upstream, resolve(&name)) {
+            Ok(mut name) => {
+                if !report(name.upstream, name.resolve()) {
                     return;
                 }
                 names.push(name);
             }
             Err(RecvTimeoutError::Timeout) => {
-                for name in &names {
-                    if !report(name.upstream, resolve(name)) {
+                for name in &mut names {
+                    if !report(name.upstream, name.resolve()) {
                         return;
                     }
                 }
@@ -71,12 +73,21 @@ fn run(
     }
 }
 
-fn resolve(name: &Name) -> Vec<SocketAddr> {
-    match (name.host.as_str(), name.port).to_socket_addrs() {
-        Ok(addresses) => addresses.take(ADDRESSES_MAX).collect(),
-        Err(error) => {
-            tracing::warn!(host = name.host, %error, "the name could not be resolved");
-            Vec::new()
+impl Name {
+    /// Its addresses now. A failure is logged when it begins, not each time.
+    fn resolve(&mut self) -> Vec<SocketAddr> {
+        match (self.host.as_str(), self.port).to_socket_addrs() {
+            Ok(addresses) => {
+                self.is_failing = false;
+                addresses.take(ADDRESSES_MAX).collect()
+            }
+            Err(error) => {
+                if !self.is_failing {
+                    tracing::warn!(host = self.host, %error, "the name could not be resolved");
+                }
+                self.is_failing = true;
+                Vec::new()
+            }
         }
     }
 }
