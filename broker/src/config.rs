@@ -264,7 +264,7 @@ limits! {
         "How long a passed descriptor may stay unclaimed: it can keep its own session alive.";
     drain_timeout: Duration = s(10), NONE..=s(3_600), "duration",
         "From SIGTERM to the end at the latest; what is not sent by then is dropped and counted.";
-    fifo_record_bytes_max: usize = PIPE_BUF, 2..=PIPE_BUF, "bytes",
+    fifo_record_bytes_max: usize = PIPE_BUF, 16..=PIPE_BUF, "bytes",
         "The longest record of a FIFO with its delimiter: PIPE_BUF, since longer ones of several \
          writers mix (pipe(7)).";
     requests_in_flight_max: usize = 1_024, 1..=1_000_000, "requests",

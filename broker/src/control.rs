@@ -12,6 +12,7 @@ use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt}
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crossbeam_channel::{TryRecvError, bounded};
 use nix::fcntl::{Flock, FlockArg};
@@ -23,7 +24,9 @@ use nix::unistd::{Gid, Group, geteuid};
 use poolbroker_proto::runtime_dir::RuntimeDir;
 
 use crate::closer::Closer;
-use crate::config::{ADMIN_TIMEOUT, COMMANDS_MAX, QUESTION_BYTES_MAX, SHARD_TIMEOUT};
+use crate::config::{
+    ADMIN_REST_MS, ADMIN_TIMEOUT, COMMANDS_MAX, QUESTION_BYTES_MAX, SHARD_TIMEOUT,
+};
 use crate::config::{Config, SocketAccess};
 use crate::mailbox::{MailSender, Mailbox, mailbox};
 pub use crate::shard::Ending;
@@ -321,10 +324,17 @@ impl Control {
     /// Serves until the shard has ended; `None` when it did not say how.
     fn serve(&self) -> Option<Result<Ending, io::Error>> {
         let mut is_draining = false;
+        let mut admin_rests = false;
         loop {
-            let watched = [self.signals.0.as_fd(), self.admin.as_fd(), self.ended.as_fd()];
-            let mut polled = watched.map(|fd| PollFd::new(fd, PollFlags::POLLIN));
-            if let Err(error) = poll(&mut polled, PollTimeout::NONE)
+            // Without a free descriptor the admin socket stays readable: it rests for a moment.
+            let (watched, timeout) = if admin_rests {
+                (vec![self.signals.0.as_fd(), self.ended.as_fd()], ADMIN_REST_MS.into())
+            } else {
+                let all = vec![self.signals.0.as_fd(), self.ended.as_fd(), self.admin.as_fd()];
+                (all, PollTimeout::NONE)
+            };
+            let polled = watched.into_iter().map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            if let Err(error) = poll(&mut polled.collect::<Vec<_>>(), timeout)
                 && error != nix::errno::Errno::EINTR
             {
                 return Some(Err(error.into()));
@@ -345,23 +355,34 @@ impl Control {
                 is_draining = true;
                 self.commands.send(command);
             }
-            if let Ok((client, _)) = self.admin.accept()
-                && let Err(error) = self.answer(client)
-            {
-                tracing::debug!(%error, "an admin request failed");
-            }
+            admin_rests = match self.admin.accept() {
+                Ok((client, _)) => {
+                    if let Err(error) = self.answer(client) {
+                        tracing::debug!(%error, "an admin request failed");
+                    }
+                    false
+                }
+                Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+            };
         }
     }
 
     /// One question, one answer.
     fn answer(&self, mut client: UnixStream) -> io::Result<()> {
         client.set_nonblocking(false)?;
-        client.set_read_timeout(Some(ADMIN_TIMEOUT))?;
         client.set_write_timeout(Some(ADMIN_TIMEOUT))?;
+        let deadline = Instant::now() + ADMIN_TIMEOUT;
         let mut question = Vec::new();
         let mut byte = [0u8; 1];
-        while question.len() < QUESTION_BYTES_MAX && client.read(&mut byte)? == 1 && byte != *b"\n"
-        {
+        while question.len() < QUESTION_BYTES_MAX {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            client.set_read_timeout(Some(left))?;
+            if client.read(&mut byte)? == 0 || byte == *b"\n" {
+                break;
+            }
             question.push(byte[0]);
         }
         match question.trim_ascii() {

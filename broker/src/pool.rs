@@ -500,7 +500,9 @@ impl Pool {
     /// Opens nothing new for its own sake any more, and closes what is idle.
     pub fn close_down(&mut self, now: Time) {
         self.closing_down = true;
-        for conn in std::mem::take(&mut self.idle) {
+        let exchanges = self.conns.iter().filter(|(_, record)| record.role == Role::Exchange);
+        let unused = exchanges.filter(|(_, record)| record.state != State::InUse);
+        for conn in unused.map(|(conn, _)| conn).collect::<Vec<_>>() {
             self.close(conn, Reason::Drained);
         }
         if let Some(conn) = self.one_way

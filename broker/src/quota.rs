@@ -112,6 +112,11 @@ pub struct Charge {
 }
 
 impl Charge {
+    /// How much it holds.
+    pub fn amount(&self) -> usize {
+        self.amount
+    }
+
     /// Holds `amount` from now on. Shrinking always succeeds; when growing fails nothing changes.
     pub fn resize(&mut self, amount: usize) -> Result<(), Exceeded> {
         if amount > self.amount {

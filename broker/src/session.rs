@@ -269,6 +269,9 @@ impl Session {
     pub fn flush(&mut self, handle: u16, correlation: u64) -> Result<(), Reason> {
         let at = usize::from(handle);
         let entry = self.handles.get_mut(at).ok_or(Reason::UnknownUpstream)?;
+        if entry.flushes.len() >= self.limits.requests_in_flight_max {
+            return Err(Reason::Quota);
+        }
         let settled_at_least = entry.ledger.accepted;
         entry.flushes.push_back(Flush { correlation, settled_at_least });
         entry.complete_flushes(&mut self.actions);
@@ -293,6 +296,16 @@ impl Session {
     pub fn handle_accepted(&mut self, handle: u16, messages: u64) {
         if let Some(handle) = self.handles.get_mut(usize::from(handle)) {
             handle.ledger.accepted += messages;
+        }
+    }
+
+    /// `messages` were accepted and dropped at once, though earlier ones may wait: theirs is no
+    /// outcome that a flush waits for.
+    pub fn handle_unqueued(&mut self, handle: u16, messages: u64, reason: Reason) {
+        if let Some(handle) = self.handles.get_mut(usize::from(handle)) {
+            handle.ledger.accepted += messages;
+            handle.ledger.settle(Settled::Dropped(reason), messages);
+            handle.flushes.iter_mut().for_each(|flush| flush.settled_at_least += messages);
         }
     }
 
@@ -426,6 +439,30 @@ mod tests {
         };
         assert_eq!((correlation, outcomes.sent, outcomes.accepted), (77, 2, 8));
         assert_eq!(session.flush(9, 1), Err(Reason::UnknownUpstream));
+    }
+
+    #[test]
+    fn a_message_dropped_on_arrival_answers_no_flush_for_those_that_wait() {
+        let mut session = connected();
+        let handle = session.open(10).unwrap();
+        session.handle_accepted(handle, 1);
+        session.flush(handle, 5).unwrap();
+        session.handle_unqueued(handle, 3, Reason::QueueFull);
+        session.handle_settled(20, Settled::Sent, 1);
+        assert_eq!(session.poll_action(), None);
+        session.handle_settled(10, Settled::Sent, 1);
+        assert!(session.poll_action().is_some());
+    }
+
+    #[test]
+    fn flushes_that_wait_are_bounded() {
+        let mut session = connected();
+        let handle = session.open(10).unwrap();
+        session.handle_accepted(handle, 1);
+        for correlation in 0..LIMITS.requests_in_flight_max as u64 {
+            session.flush(handle, correlation).unwrap();
+        }
+        assert_eq!(session.flush(handle, 99), Err(Reason::Quota));
     }
 
     #[test]

@@ -16,6 +16,9 @@ use rustix::net::{
 /// The most descriptors one message may carry.
 pub const DESCRIPTORS_PER_MESSAGE_MAX: usize = 8;
 
+/// The most descriptors that the kernel lets one message carry (unix(7)).
+const SCM_MAX_FD: usize = 253;
+
 /// What one receive gave.
 #[derive(Debug)]
 pub struct Received {
@@ -23,8 +26,8 @@ pub struct Received {
     pub bytes: usize,
     /// The descriptors that came with them, close-on-exec.
     pub descriptors: Vec<OwnedFd>,
-    /// More descriptors were sent than fit: some are lost (MSG_CTRUNC), the sender is at fault.
-    pub truncated: bool,
+    /// More descriptors came than a message may carry; the sender is at fault.
+    pub is_excessive: bool,
 }
 
 /// Reads bytes, and the descriptors that came with them, without blocking.
@@ -32,8 +35,9 @@ pub struct Received {
 /// # Errors
 /// As recvmsg(2); [`io::ErrorKind::WouldBlock`] when there is nothing to read.
 pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
-    let mut space =
-        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE_MAX))];
+    // Room for all that the kernel lets through, so that it never has to destroy one in this call,
+    // which can block (close(2) of a lingering socket).
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(SCM_MAX_FD))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let read = recvmsg(socket, &mut [IoSliceMut::new(buffer)], &mut control, flags)?;
@@ -43,8 +47,9 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
             descriptors.extend(rights);
         }
     }
-    let truncated = read.flags.contains(ReturnFlags::CTRUNC);
-    Ok(Received { bytes: read.bytes, descriptors, truncated })
+    let is_excessive =
+        read.flags.contains(ReturnFlags::CTRUNC) || descriptors.len() > DESCRIPTORS_PER_MESSAGE_MAX;
+    Ok(Received { bytes: read.bytes, descriptors, is_excessive })
 }
 
 /// Sends `bytes` with one descriptor attached to the first of them, without blocking; returns how
@@ -77,7 +82,7 @@ mod tests {
         drop(writer);
         let mut buffer = [0; 16];
         let mut received = receive(&theirs, &mut buffer).unwrap();
-        assert_eq!((received.bytes, received.truncated), (1, false));
+        assert_eq!((received.bytes, received.is_excessive), (1, false));
         let passed = received.descriptors.pop().unwrap();
         std::fs::File::from(passed).write_all(b"hello").unwrap();
         let mut text = String::new();

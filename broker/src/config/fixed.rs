@@ -122,6 +122,12 @@ pub const RESOLVER_QUEUE_MAX: usize = 4_096;
 /// Descriptors that may wait for the thread; more wait with the shard.
 pub const CLOSER_QUEUE_MAX: usize = 1_024;
 
+/// How long the admin socket rests when a client of it cannot be accepted, in milliseconds.
+pub const ADMIN_REST_MS: u16 = 100;
+
+/// How many upstreams are named to a client that asks for one that does not exist.
+pub const NAMES_TOLD_MAX: usize = 32;
+
 /// Lines of the log that may wait to be written; more are dropped (R10).
 pub const LOG_LINES_MAX: usize = 1_024;
 

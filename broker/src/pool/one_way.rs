@@ -11,7 +11,8 @@ use crate::timers::Time;
 
 impl Pool {
     pub(super) fn wants_one_way(&self) -> bool {
-        self.one_way.is_none() && !self.outbox.is_empty()
+        // Not beside one that still ends: the outbox knows of one connection, and its order.
+        self.one_way.is_none() && self.places.one_way_ending == 0 && !self.outbox.is_empty()
     }
 
     pub(super) fn use_one_way(&mut self, conn: ConnId) {

@@ -20,6 +20,7 @@ pub struct Places {
     pub(super) exchange: usize,
     pub(super) open: usize,
     pub(super) retired: usize,
+    pub(super) one_way_ending: usize,
 }
 
 impl Pool {
@@ -183,7 +184,12 @@ impl Pool {
                 }
             }
             State::Draining { .. } if is_exchange => add(&mut places.retired),
-            State::Draining { .. } | State::Closing { .. } => add(&mut places.open),
+            State::Draining { .. } | State::Closing { .. } => {
+                add(&mut places.open);
+                if !is_exchange {
+                    add(&mut places.one_way_ending);
+                }
+            }
         }
     }
 

@@ -45,7 +45,7 @@ impl Shard {
     /// Ends at once: what is not sent now is dropped and counted, no connection is waited for.
     pub(super) fn stop(&mut self) {
         self.begin_drain();
-        self.abandon();
+        self.abandon("given up at the second signal");
         self.begin_closing(self.now);
     }
 
@@ -54,7 +54,7 @@ impl Shard {
         match self.phase {
             Phase::Running => None,
             Phase::Draining { deadline, .. } if self.now >= deadline => {
-                self.abandon();
+                self.abandon("given up after drain_timeout");
                 self.begin_closing(self.now + CLOSING_GRACE);
                 self.advance_drain()
             }
@@ -113,7 +113,7 @@ impl Shard {
     }
 
     /// The time to drain is over: what is not sent now is dropped and counted.
-    fn abandon(&mut self) {
+    fn abandon(&mut self, why: &'static str) {
         for upstream in 0..self.upstreams.len() {
             let Upstream { pool, config, .. } = &self.upstreams[upstream];
             let (queued, in_flight) = (pool.queued(), pool.in_flight());

@@ -20,7 +20,7 @@ use crate::quota::Resource;
 use crate::session::{Peer, Session, SessionLimits, Transport};
 use crate::transport::Io;
 use crate::transport::pipe::Pipe;
-use crate::transport::unix::{self, Stream};
+use crate::transport::unix::{self, Stream, UnixSocket};
 use crate::upstream::sockopt;
 
 impl Shard {
@@ -86,6 +86,7 @@ impl Shard {
         let source = Source {
             _session_charge: Some(charge),
             buffer_charge: self.quotas.charge(peer.uid, Resource::QueuedBytes, 0).ok(),
+            reply_charge: self.quotas.charge(peer.uid, Resource::QueuedBytes, 0).ok(),
             descriptor_charge: self.quotas.charge(peer.uid, Resource::Descriptors, 0).ok(),
             ..self.new_source(session, io, None, Framing::Raw)
         };
@@ -134,6 +135,7 @@ impl Shard {
             children: 0,
             _session_charge: None,
             buffer_charge: None,
+            reply_charge: None,
             descriptor_charge: None,
             scheduled_at: None,
         }
@@ -229,7 +231,7 @@ impl Shard {
                 (Pipe::from_passed(descriptor).map(Io::Pipe), Transport::Pipe, Framing::Lines)
             }
             Attachment::Socketpair => {
-                let io = Stream::from_passed(descriptor).map(Io::Socketpair);
+                let io = UnixSocket::from_passed(descriptor).map(Io::Socketpair);
                 (io, Transport::Socketpair, config.url.framing)
             }
         };
@@ -250,6 +252,7 @@ impl Shard {
             parent: Some(parent),
             _session_charge: Some(session_charge),
             buffer_charge: Some(buffer_charge),
+            reply_charge: self.quotas.charge(peer.uid, Resource::QueuedBytes, 0).ok(),
             ..self.new_source(session, io, Some(cutter), framing)
         };
         match self.add_source(source) {
@@ -259,7 +262,7 @@ impl Shard {
             }
             Err((error, source)) => {
                 tracing::warn!(%error, "a passed descriptor cannot be watched");
-                for descriptor in source.io.into_passed() {
+                for descriptor in source.io.into_closing() {
                     self.closer.close(descriptor);
                 }
                 Err(Reason::BadDescriptor)

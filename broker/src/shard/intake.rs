@@ -17,13 +17,13 @@ use super::outlet::{Push, Upstream};
 use super::sources::{Source, Sources};
 use crate::buffer::Spares;
 use crate::config::{
-    BrokerLimits, CLIENT_TEXT_CHARS_MAX, Dynamic, HANDLES_MAX, Overflow, RECEIVE_BYTES,
-    UpstreamConfig,
+    BrokerLimits, CLIENT_TEXT_CHARS_MAX, Dynamic, HANDLES_MAX, NAMES_TOLD_MAX, Overflow,
+    RECEIVE_BYTES, UpstreamConfig,
 };
 use crate::ids::SourceId;
 use crate::inflight::Owner;
+use crate::quota::{Quotas, Resource};
 use crate::session::{Session, Unfinished};
-use crate::stats::Settled;
 use crate::timers::Time;
 use crate::transport::{Io, Read};
 
@@ -35,6 +35,8 @@ pub struct Desk<'a> {
     pub upstreams: &'a mut Vec<Upstream>,
     /// Receive buffers.
     pub spares: &'a mut Spares,
+    /// What each user holds.
+    pub quotas: &'a Quotas,
     /// Limits of the broker.
     pub limits: &'a BrokerLimits,
     /// What may be opened by URL.
@@ -199,6 +201,11 @@ fn read(desk: &mut Desk<'_>, source: &mut Source) -> Result<bool, Served> {
         return Err(Served::Ended(Reason::Quota));
     }
     charge_descriptors(source)?;
+    if let Io::Socketpair(socket) = &source.io
+        && socket.descriptors() > 0
+    {
+        return Err(Served::Ended(Reason::UnexpectedDescriptor));
+    }
     match result {
         Read::Bytes { more } => {
             source.is_readable = more || source.is_ending;
@@ -265,7 +272,7 @@ fn push(
         Push::Full => return false,
         Push::Dropped => {
             let outlet = &mut desk.upstreams[upstream];
-            drop_unqueued(outlet, session, (handle, upstream), 1, Reason::QueueFull);
+            drop_unqueued(outlet, session, handle, 1, Reason::QueueFull);
         }
         Push::Refused(reason) => session.handle_refused(Some(handle), reason),
     }
@@ -278,13 +285,12 @@ fn push(
 fn drop_unqueued(
     outlet: &mut Upstream,
     session: &mut Session,
-    (handle, upstream): (u16, usize),
+    handle: u16,
     messages: u64,
     reason: Reason,
 ) {
     outlet.pool.drop_unqueued(messages, reason);
-    session.handle_accepted(handle, messages);
-    session.handle_settled(upstream, Settled::Dropped(reason), messages);
+    session.handle_unqueued(handle, messages, reason);
 }
 
 /// Drops what a FIFO or pipe has been read of and could not hand over before the time to drain was
@@ -312,7 +318,7 @@ pub fn give_up_buffered(upstreams: &mut [Upstream], source: &mut Source) -> u64 
         session.handle_refused(Some(0), Reason::Partial);
     }
     let outlet = &mut upstreams[upstream];
-    drop_unqueued(outlet, session, (0, upstream), messages, Reason::DrainTimeout);
+    drop_unqueued(outlet, session, 0, messages, Reason::DrainTimeout);
     messages
 }
 
@@ -377,6 +383,8 @@ fn handle_frame(
         Kind::Send => {
             let Some(upstream) = source.session.upstream(header.upstream) else {
                 source.session.handle_refused(None, Reason::UnknownUpstream);
+                taken.messages += 1;
+                taken.bytes += frame.body.len();
                 return Ok(Step::Next);
             };
             let route = Route::new(header.upstream, upstream, false);
@@ -447,8 +455,13 @@ fn handle_request(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, frame:
         0 => None,
         timeout_ms => Some(Duration::from_millis(u64::from(timeout_ms))),
     };
+    let uid = source.session.peer.uid;
+    let Ok(charge) = desk.quotas.charge(uid, Resource::QueuedBytes, frame.body.len()) else {
+        let text = format!("{}: queued_bytes_max_per_uid", Reason::Quota);
+        return refuse(source, Reason::Quota, text);
+    };
     let owner = Owner { source: id, correlation };
-    match desk.upstreams[upstream].request(desk.now, owner, frame.body, timeout) {
+    match desk.upstreams[upstream].request(desk.now, owner, frame.body, timeout, charge) {
         Ok(request) => source.session.start_request(correlation, upstream, request),
         Err(failure) => source.tell_control(Kind::Failure, correlation, &failure),
     }
@@ -467,11 +480,11 @@ fn handle_control(
     let answered = match message {
         ClientMessage::Open { name } => open(desk, source, &name),
         ClientMessage::OpenUrl { url } => open_url(desk, source, &url),
-        ClientMessage::Flush => source
-            .session
-            .flush(header.upstream, header.correlation)
-            .map(|()| None)
-            .map_err(|reason| (reason, format!("{reason}: handle {}", header.upstream))),
+        ClientMessage::Flush => {
+            source.session.flush(header.upstream, header.correlation).map(|()| None).map_err(
+                |reason| (reason, format!("{reason}: flush of handle {}", header.upstream)),
+            )
+        }
         ClientMessage::Attach { attachment } => {
             // A read ends behind the bytes that descriptors came with, so what is here now came
             // with this frame.
@@ -506,6 +519,7 @@ fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
             .iter()
             .map(|upstream| upstream.config.name.as_str())
             .filter(|name| check_upstream_name(name).is_ok())
+            .take(NAMES_TOLD_MAX)
             .collect();
         let known = match names.as_slice() {
             [] => "none is configured".to_owned(),
@@ -613,7 +627,12 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
             if let Io::Socketpair(_) = io {
                 taken.messages += 1;
                 let owner = Owner { source: id, correlation: 0 };
-                match desk.upstreams[upstream].request(desk.now, owner, body, None) {
+                let charge =
+                    desk.quotas.charge(session.peer.uid, Resource::QueuedBytes, body.len());
+                let Ok(charge) = charge else {
+                    return Step::Stop(Served::Ended(Reason::Quota));
+                };
+                match desk.upstreams[upstream].request(desk.now, owner, body, None, charge) {
                     Ok(request) => session.start_request(0, upstream, request),
                     Err(failure) => return Step::Stop(Served::Ended(failure.reason)),
                 }
@@ -684,8 +703,9 @@ fn finish_turn(desk: &mut Desk<'_>, source: &mut Source, served: Served) {
             debug_assert!(shrunk.is_ok(), "shrinking cannot fail");
         }
     }
-    let uncharged = charge_descriptors(source);
-    debug_assert!(uncharged.is_ok(), "claiming only shrinks it");
+    // Grows past the quota only for a session that ends for it.
+    let charged = charge_descriptors(source);
+    debug_assert!(charged.is_ok() || matches!(served, Served::Ended(_)), "claiming shrinks it");
     if served != Served::Idle {
         return;
     }

@@ -428,6 +428,7 @@ impl Shard {
                 now: self.now,
                 upstreams: &mut self.upstreams,
                 spares: &mut self.spares,
+                quotas: &self.quotas,
                 limits: &self.limits,
                 dynamic: &self.dynamic,
                 deframer: self.deframer,
@@ -536,7 +537,7 @@ impl Shard {
         if let Some(buffer) = source.buffer.take() {
             self.spares.put_back(buffer);
         }
-        for descriptor in source.io.into_passed() {
+        for descriptor in source.io.into_closing() {
             self.closer.close(descriptor);
         }
     }

@@ -24,6 +24,7 @@ use crate::ids::{ConnId, RequestId, SourceId};
 use crate::inflight::Owner;
 use crate::poller::{Poller, Readiness, Token};
 use crate::pool::{Acquire, Action, After, Conn, Pool, PoolSettings, Role, State};
+use crate::quota::Charge;
 use crate::snapshot::{ConnectionSnapshot, UpstreamSnapshot, by_reason};
 use crate::stats::RequestEnd;
 use crate::timers::Time;
@@ -66,7 +67,7 @@ pub struct Upstream {
     index: usize,
     send_buffer: SendBuffer,
     sockets: SecondaryMap<ConnId, Socket>,
-    bodies: SecondaryMap<RequestId, Vec<u8>>,
+    bodies: SecondaryMap<RequestId, Body>,
     /// Sources that found the queue full.
     blocked: Vec<SourceId>,
     /// Connections with more to read than one turn allows.
@@ -105,11 +106,18 @@ struct Socket {
     cutter: Cutter,
 }
 
+/// The bytes of a request, charged to its user while they are here.
+#[derive(Debug)]
+struct Body {
+    bytes: Vec<u8>,
+    _charge: Charge,
+}
+
 /// A request on its connection.
 #[derive(Debug)]
 struct Exchange {
     request: RequestId,
-    bytes: Vec<u8>,
+    body: Body,
     written: usize,
 }
 
@@ -119,7 +127,7 @@ impl Exchange {
     }
 
     fn is_written(&self) -> bool {
-        self.written == self.bytes.len()
+        self.written == self.body.bytes.len()
     }
 }
 
@@ -182,6 +190,10 @@ impl Upstream {
                 Overflow::Block => return Push::Full,
                 Overflow::DropNewest => return Push::Dropped,
                 Overflow::DropOldest => {
+                    // A message that never gets in drops nobody else's.
+                    if let Err(reason) = framing.encode(body, &mut Vec::new()) {
+                        return Push::Refused(reason);
+                    }
                     while !self.pool.has_room(bytes) {
                         let Some((skip, bytes)) = self.pool.drop_oldest() else {
                             return Push::Dropped;
@@ -221,6 +233,7 @@ impl Upstream {
         owner: Owner,
         body: &[u8],
         timeout: Option<Duration>,
+        charge: Charge,
     ) -> Result<RequestId, Failure> {
         let refused = if body.is_empty() {
             Some(Reason::Empty)
@@ -240,11 +253,11 @@ impl Upstream {
         }
         match self.pool.request(now, owner, timeout.map(|timeout| now + timeout)) {
             Acquire::Granted { request, conn } => {
-                self.write_request(now, conn, request, bytes);
+                self.write_request(now, conn, request, Body { bytes, _charge: charge });
                 Ok(request)
             }
             Acquire::Queued { request } => {
-                self.bodies.insert(request, bytes);
+                self.bodies.insert(request, Body { bytes, _charge: charge });
                 Ok(request)
             }
             Acquire::Refused(reason) => Err(self.failure(RequestEnd::Refused(reason), false)),
@@ -265,18 +278,19 @@ impl Upstream {
             if readiness.is_writable() {
                 self.finish_connect(cx.now, conn);
             }
-            return;
-        }
-        if readiness.is_error() && self.config.url.protocol != Protocol::Tcp {
-            let errors = udp::drain_error_queue(&socket.fd);
-            self.icmp_refused += errors;
-            // With one request at a time the error is about this one: nobody listens there.
-            if errors > 0 && socket.exchange.as_ref().is_some_and(Exchange::is_begun) {
-                return self.lose(cx.now, conn, Reason::ConnectRefused);
+            if !self.sockets.get(conn).is_some_and(|socket| socket.is_connected) {
+                return;
             }
         }
         if readiness.is_readable() {
             self.read(cx, conn);
+        }
+        // After the read: emptying the queue also clears the error that the read reports.
+        if readiness.is_error()
+            && self.config.url.protocol != Protocol::Tcp
+            && let Some(socket) = self.sockets.get(conn)
+        {
+            self.icmp_refused += udp::drain_error_queue(&socket.fd);
         }
         if readiness.is_writable() {
             self.write_rest(cx.now, conn);
@@ -396,9 +410,9 @@ impl Upstream {
                 Action::Dispatch { conn, request } => {
                     // The connection may have been lost meanwhile; the request waits again then.
                     if self.pool.request_on(conn) == Some(request)
-                        && let Some(bytes) = self.bodies.remove(request)
+                        && let Some(body) = self.bodies.remove(request)
                     {
-                        self.write_request(cx.now, conn, request, bytes);
+                        self.write_request(cx.now, conn, request, body);
                     }
                 }
                 Action::Fail { request, owner, end, was_sent } => {
@@ -534,9 +548,9 @@ impl Upstream {
 
     // Requests.
 
-    fn write_request(&mut self, now: Time, conn: ConnId, request: RequestId, bytes: Vec<u8>) {
+    fn write_request(&mut self, now: Time, conn: ConnId, request: RequestId, body: Body) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        socket.exchange = Some(Exchange { request, bytes, written: 0 });
+        socket.exchange = Some(Exchange { request, body, written: 0 });
         let checked = match self.config.url.protocol {
             Protocol::Tcp => tcp::check_reusable(&socket.fd),
             Protocol::Udp | Protocol::UdpWriteOnly => udp::check_reusable(&socket.fd),
@@ -552,7 +566,7 @@ impl Upstream {
         let Some(exchange) = &mut socket.exchange else { return };
         let mut is_retry = false;
         while !exchange.is_written() && socket.is_writable {
-            match tcp::write(&socket.fd, &exchange.bytes[exchange.written..]) {
+            match tcp::write(&socket.fd, &exchange.body.bytes[exchange.written..]) {
                 Ok(bytes) => {
                     exchange.written += bytes;
                     if let Some(record) = self.pool.conn_mut(conn) {
@@ -572,8 +586,8 @@ impl Upstream {
     fn lose(&mut self, now: Time, conn: ConnId, reason: Reason) {
         let exchange = self.sockets.get_mut(conn).and_then(|socket| socket.exchange.take());
         let untouched = exchange.as_ref().is_none_or(|exchange| !exchange.is_begun());
-        if untouched && let Some(Exchange { request, bytes, .. }) = exchange {
-            self.bodies.insert(request, bytes);
+        if untouched && let Some(Exchange { request, body, .. }) = exchange {
+            self.bodies.insert(request, body);
         }
         self.pool.handle_lost(now, conn, reason, untouched);
     }

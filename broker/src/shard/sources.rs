@@ -14,6 +14,7 @@ use serde::Serialize;
 use slotmap::SlotMap;
 
 use crate::buffer::ReceiveBuffer;
+use crate::config::RECEIVE_BYTES;
 use crate::ids::{RequestId, SourceId};
 use crate::inflight::Owner;
 use crate::poller::Token;
@@ -62,6 +63,8 @@ pub struct Source {
     pub _session_charge: Option<Charge>,
     /// Holds the memory of its buffers; none for a FIFO.
     pub buffer_charge: Option<Charge>,
+    /// Holds what it has not read of its replies, beyond what a socket takes; none for a FIFO.
+    pub reply_charge: Option<Charge>,
     /// Holds the passed descriptors that no message has claimed; client sockets only.
     pub descriptor_charge: Option<Charge>,
     /// The deadline that is set for it.
@@ -249,17 +252,19 @@ impl Sources {
         }
     }
 
-    /// Whether a reply can be kept for its owner until it is read.
-    pub fn can_take(&self, owner: Owner, body: &[u8]) -> bool {
-        let Some(source) = self.table.get(owner.source) else {
-            return false;
-        };
-        let Some(stream) = source.io.stream() else {
-            return false;
-        };
+    /// Whether a reply can be kept for its owner until it is read: within the bounds of its
+    /// session, and charged to its user once a socket would not take it at once.
+    pub fn can_take(&mut self, owner: Owner, body: &[u8]) -> bool {
+        let Some(source) = self.table.get_mut(owner.source) else { return false };
+        let Some(stream) = source.io.stream() else { return false };
+        let pending = stream.pending_bytes();
         // An empty queue takes any reply: the longest is message_bytes_max.
-        stream.pending_bytes() == 0
-            || stream.pending_bytes() + body.len() <= 2 * self.reply_queue_bytes_max
+        if pending > 0 && pending + body.len() > 2 * self.reply_queue_bytes_max {
+            return false;
+        }
+        let is_small = pending + body.len() <= RECEIVE_BYTES;
+        let charge = source.reply_charge.as_mut().filter(|_| !is_small);
+        charge.is_none_or(|charge| charge.resize(pending + body.len()).is_ok())
     }
 
     /// Whether a client leaves so many replies unread that it is not read either.
@@ -280,9 +285,9 @@ impl Sources {
                 let correlation = owner.correlation;
                 source.tell(FrameHeader { correlation, ..FrameHeader::new(Kind::Reply) }, body);
             }
-            Io::Socketpair(stream) => {
+            Io::Socketpair(socket) => {
                 source.awaits_reply = false;
-                if let Err(reason) = framing.encode(body, stream.out()) {
+                if let Err(reason) = framing.encode(body, socket.stream.out()) {
                     source.ended = Some(reason);
                 }
                 self.make_ready(owner.source);
@@ -328,14 +333,28 @@ impl Sources {
         let was_overfull = is_overfull(source);
         let flushed = source.io.stream_mut().map_or(Flushed::All, |stream| stream.flush());
         if flushed == Flushed::Gone {
-            source.ended.get_or_insert(Reason::ClientGone);
-            return true;
+            // Nobody reads replies any more; what was written before is still read to its end.
+            source.is_hung_up = true;
+            source.is_readable = true;
+            source.is_ending = true;
+            if let Some(stream) = source.io.stream_mut() {
+                stream.discard();
+            }
+            self.make_ready(id);
+        }
+        let Some(source) = self.table.get_mut(id) else { return false };
+        let pending = source.io.stream().map_or(0, |stream| stream.pending_bytes());
+        if let Some(charge) = &mut source.reply_charge
+            && charge.amount() > pending
+        {
+            let shrunk = charge.resize(pending);
+            debug_assert!(shrunk.is_ok(), "shrinking cannot fail");
         }
         let is_done = match source.ended {
             None => false,
             Some(Reason::EndOfInput | Reason::ClientGone | Reason::Drained) => {
                 let nobody_is_there = source.is_hung_up && matches!(source.io, Io::Unix(_));
-                let is_told = flushed == Flushed::All;
+                let is_told = flushed != Flushed::WouldBlock;
                 nobody_is_there || (is_told && source.session.is_settled() && source.children == 0)
             }
             // A violation ends a session at once, whether it reads what it is told or not.

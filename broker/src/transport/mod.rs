@@ -43,6 +43,11 @@ impl Read {
             Err(error) => Read::Failed(error),
         }
     }
+
+    /// Likewise from a pipe, where a read may stop between two packets (O_DIRECT, pipe(2)).
+    fn of_pipe(result: Result<usize, Errno>, buffer: &mut ReceiveBuffer) -> Read {
+        Read::of(result, result.unwrap_or(0), buffer)
+    }
 }
 
 /// The descriptor of one source.
@@ -55,7 +60,7 @@ pub enum Io {
     /// The read end of a passed pipe.
     Pipe(Pipe),
     /// A passed end of a socketpair.
-    Socketpair(Stream),
+    Socketpair(UnixSocket),
 }
 
 impl Io {
@@ -64,20 +69,18 @@ impl Io {
         match self {
             Io::Unix(socket) => socket.read(buffer),
             Io::Fifo(fd) => {
-                let room = buffer.room();
-                let (len, result) = (room.len(), rustix::io::read(&*fd, room));
-                Read::of(result, len, buffer)
+                let result = rustix::io::read(&*fd, buffer.room());
+                Read::of_pipe(result, buffer)
             }
             Io::Pipe(pipe) => pipe.read(buffer),
-            Io::Socketpair(stream) => stream.read(buffer),
+            Io::Socketpair(socket) => socket.read(buffer),
         }
     }
 
     /// Where replies go, if the medium carries any.
     pub fn stream_mut(&mut self) -> Option<&mut Stream> {
         match self {
-            Io::Unix(socket) => Some(&mut socket.stream),
-            Io::Socketpair(stream) => Some(stream),
+            Io::Unix(socket) | Io::Socketpair(socket) => Some(&mut socket.stream),
             Io::Fifo(_) | Io::Pipe(_) => None,
         }
     }
@@ -85,20 +88,19 @@ impl Io {
     /// Likewise, to look at.
     pub fn stream(&self) -> Option<&Stream> {
         match self {
-            Io::Unix(socket) => Some(&socket.stream),
-            Io::Socketpair(stream) => Some(stream),
+            Io::Unix(socket) | Io::Socketpair(socket) => Some(&socket.stream),
             Io::Fifo(_) | Io::Pipe(_) => None,
         }
     }
 
-    /// Takes apart what was closed: the descriptors that a client made, whose closing can block.
-    /// Those of the broker's own are closed here.
-    pub fn into_passed(self) -> Vec<OwnedFd> {
+    /// Ends the medium for its other side at once, and gives what closing can block on: every
+    /// descriptor that a client made, and the sockets that may still hold some unread. A FIFO is
+    /// closed here.
+    pub fn into_closing(self) -> Vec<OwnedFd> {
         match self {
-            Io::Unix(socket) => socket.into_passed(),
+            Io::Unix(socket) | Io::Socketpair(socket) => socket.into_closing(),
             Io::Fifo(_) => Vec::new(),
             Io::Pipe(pipe) => vec![pipe.into_descriptor()],
-            Io::Socketpair(stream) => vec![stream.into_descriptor()],
         }
     }
 }
@@ -106,10 +108,9 @@ impl Io {
 impl AsFd for Io {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match self {
-            Io::Unix(socket) => socket.stream.as_fd(),
+            Io::Unix(socket) | Io::Socketpair(socket) => socket.stream.as_fd(),
             Io::Fifo(fd) => fd.as_fd(),
             Io::Pipe(pipe) => pipe.as_fd(),
-            Io::Socketpair(stream) => stream.as_fd(),
         }
     }
 }

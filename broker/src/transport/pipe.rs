@@ -32,11 +32,10 @@ impl Pipe {
     /// Reads what has arrived.
     pub fn read(&mut self, buffer: &mut ReceiveBuffer) -> Read {
         let room = buffer.room();
-        let len = room.len();
         // Offset -1: the current position, the only one a pipe has.
         let mut slices = [IoSliceMut::new(room)];
         let result = preadv2(&self.fd, &mut slices, u64::MAX, ReadWriteFlags::NOWAIT);
-        Read::of(result, len, buffer)
+        Read::of_pipe(result, buffer)
     }
 
     /// The descriptor itself.
@@ -75,7 +74,7 @@ mod tests {
         let mut buffer = Spares::default().take();
         assert_eq!(pipe.read(&mut buffer), Read::Nothing);
         writer.write_all(b"line\n").unwrap();
-        assert_eq!(pipe.read(&mut buffer), Read::Bytes { more: false });
+        assert_eq!(pipe.read(&mut buffer), Read::Bytes { more: true });
         assert_eq!(buffer.unread(), b"line\n");
         drop(writer);
         assert_eq!(pipe.read(&mut buffer), Read::End);

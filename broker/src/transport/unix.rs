@@ -11,11 +11,11 @@ use nix::fcntl::AT_FDCWD;
 use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, umask};
 use nix::unistd::{Gid, chown};
 use poolbroker_proto::fd;
-use rustix::io::Errno;
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketAddrAny, SocketAddrUnix, SocketFlags,
-    SocketType, UCred, accept_with, bind, getpeername, getsockname, listen, recv, send, shutdown,
-    socket_with, sockopt,
+    AddressFamily, SendFlags, Shutdown, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType,
+    UCred, accept_with, bind, getpeername, getsockname, listen, send, shutdown, socket_with,
+    sockopt,
 };
 
 use super::Read;
@@ -50,7 +50,7 @@ pub fn open_listener(path: &Path, mode: u32, group: Option<Gid>) -> Result<Owned
 pub fn accept(listener: impl AsFd) -> Result<(UnixSocket, UCred), Errno> {
     let socket = accept_with(listener, SocketFlags::NONBLOCK | SocketFlags::CLOEXEC)?;
     let credentials = sockopt::socket_peercred(&socket)?;
-    Ok((UnixSocket { stream: Stream::new(socket), descriptors: VecDeque::new() }, credentials))
+    Ok((UnixSocket::new(socket), credentials))
 }
 
 /// A client on the client socket: a stream on which descriptors may come.
@@ -62,6 +62,35 @@ pub struct UnixSocket {
 }
 
 impl UnixSocket {
+    fn new(socket: OwnedFd) -> Self {
+        UnixSocket { stream: Stream::new(socket), descriptors: VecDeque::new() }
+    }
+
+    /// A passed end of a socketpair. Refused unless it is an unnamed Unix stream: a client's own
+    /// end of the client socket has a named peer, and would keep its session alive for ever (M8).
+    pub fn from_passed(socket: OwnedFd) -> Result<Self, OwnedFd> {
+        let socket = UnixSocket::new(socket);
+        if !socket.is_unnamed_stream() {
+            return Err(socket.stream.socket);
+        }
+        // Not known before Linux 6.16; what comes all the same ends the session.
+        let _ = raw_sockopt::refuse_descriptors(&socket.stream.socket);
+        Ok(socket)
+    }
+
+    fn is_unnamed_stream(&self) -> bool {
+        let is_unix = sockopt::socket_domain(&self.stream.socket) == Ok(AddressFamily::UNIX);
+        let is_stream = sockopt::socket_type(&self.stream.socket) == Ok(SocketType::STREAM);
+        // The address of an unnamed socket is its family alone (unix(7)).
+        let unnamed = |address: Option<SocketAddrAny>| {
+            address.is_none_or(|address| address.addr_len() as usize <= size_of::<u16>())
+        };
+        is_unix
+            && is_stream
+            && getsockname(&self.stream.socket).is_ok_and(|address| unnamed(Some(address)))
+            && getpeername(&self.stream.socket).is_ok_and(unnamed)
+    }
+
     /// Reads bytes, and keeps the descriptors that come with them.
     pub fn read(&mut self, buffer: &mut ReceiveBuffer) -> Read {
         let room = buffer.room();
@@ -71,7 +100,7 @@ impl UnixSocket {
                 // A read stops behind a message with descriptors though more may follow.
                 let stopped = !received.descriptors.is_empty();
                 self.descriptors.extend(received.descriptors);
-                if received.truncated {
+                if received.is_excessive {
                     return Read::Failed(Errno::TOOMANYREFS);
                 }
                 match Read::of(Ok(received.bytes), len, buffer) {
@@ -91,9 +120,17 @@ impl UnixSocket {
         self.descriptors.len()
     }
 
-    /// Takes out all of them; the socket itself is closed.
-    pub fn into_passed(self) -> Vec<OwnedFd> {
-        self.descriptors.into()
+    /// Shuts the socket down, and gives what has to be closed elsewhere: the descriptors that came,
+    /// and the socket itself if it still holds bytes, since others may have come with those.
+    pub fn into_closing(self) -> Vec<OwnedFd> {
+        let socket = self.stream.socket;
+        // From here on nothing more comes.
+        let _ = shutdown(&socket, Shutdown::Both);
+        let mut descriptors = Vec::from(self.descriptors);
+        if ioctl_fionread(&socket) != Ok(0) {
+            descriptors.push(socket);
+        }
+        descriptors
     }
 
     /// Claims the first of them.
@@ -122,17 +159,8 @@ pub enum Flushed {
 }
 
 impl Stream {
-    /// A stream with nothing to write.
-    pub fn new(socket: OwnedFd) -> Self {
+    fn new(socket: OwnedFd) -> Self {
         Stream { socket, out: Vec::new(), written: 0 }
-    }
-
-    /// Reads bytes; descriptors that come with them are dropped by the kernel.
-    pub fn read(&mut self, buffer: &mut ReceiveBuffer) -> Read {
-        let room = buffer.room();
-        let len = room.len();
-        let result = recv(&self.socket, room, RecvFlags::DONTWAIT).map(|(_, bytes)| bytes);
-        Read::of(result, len, buffer)
     }
 
     /// Where to append what the client is to get.
@@ -170,40 +198,16 @@ impl Stream {
         Flushed::All
     }
 
+    /// Forgets what the client will never read.
+    pub fn discard(&mut self) {
+        self.out = Vec::new();
+        self.written = 0;
+    }
+
     /// Takes nothing more from the client: its next write fails, what it wrote can still be read
     /// (unix(7); seen in `net/unix/af_unix.c`, unix_stream_read_generic).
     pub fn stop_reading(&self) {
         let _ = shutdown(&self.socket, Shutdown::Read);
-    }
-
-    fn is_unnamed_stream(&self) -> bool {
-        let is_unix = sockopt::socket_domain(&self.socket) == Ok(AddressFamily::UNIX);
-        let is_stream = sockopt::socket_type(&self.socket) == Ok(SocketType::STREAM);
-        // The address of an unnamed socket is its family alone (unix(7)).
-        let unnamed = |address: Option<SocketAddrAny>| {
-            address.is_none_or(|address| address.addr_len() as usize <= size_of::<u16>())
-        };
-        is_unix
-            && is_stream
-            && getsockname(&self.socket).is_ok_and(|address| unnamed(Some(address)))
-            && getpeername(&self.socket).is_ok_and(unnamed)
-    }
-
-    /// A passed end of a socketpair. Refused unless it is an unnamed Unix stream: a client's own
-    /// end of the client socket has a named peer, and would keep its session alive for ever (M8).
-    pub fn from_passed(socket: OwnedFd) -> Result<Self, OwnedFd> {
-        let stream = Stream::new(socket);
-        if !stream.is_unnamed_stream() {
-            return Err(stream.socket);
-        }
-        // Not known before Linux 6.16; a plain recv drops descriptors in any case (E8a).
-        let _ = raw_sockopt::refuse_descriptors(&stream.socket);
-        Ok(stream)
-    }
-
-    /// The socket itself.
-    pub fn into_descriptor(self) -> OwnedFd {
-        self.socket
     }
 }
 
@@ -224,27 +228,27 @@ mod tests {
     fn what_was_written_before_reading_stopped_can_still_be_read_to_its_end() {
         let (mut client, ours) = UnixStream::pair().unwrap();
         client.write_all(b"before").unwrap();
-        let mut stream = Stream::new(ours.into());
-        stream.stop_reading();
+        let mut socket = UnixSocket::new(ours.into());
+        socket.stream.stop_reading();
         assert!(client.write_all(b"after").is_err());
         let mut buffer = Spares::default().take();
-        assert_eq!(stream.read(&mut buffer), Read::Bytes { more: false });
+        assert_eq!(socket.read(&mut buffer), Read::Bytes { more: false });
         assert_eq!(buffer.unread(), b"before");
-        assert_eq!(stream.read(&mut buffer), Read::End);
+        assert_eq!(socket.read(&mut buffer), Read::End);
     }
 
     #[test]
     fn only_unnamed_unix_streams_are_socketpairs() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
-        assert!(Stream::from_passed(ours.into()).is_ok());
+        assert!(UnixSocket::from_passed(ours.into()).is_ok());
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("s");
         let _listener = UnixListener::bind(&path).unwrap();
         let connected = UnixStream::connect(&path).unwrap();
-        assert!(Stream::from_passed(connected.into()).is_err(), "its peer has a name");
+        assert!(UnixSocket::from_passed(connected.into()).is_err(), "its peer has a name");
         let (reader, _writer) = std::io::pipe().unwrap();
-        assert!(Stream::from_passed(reader.into()).is_err());
+        assert!(UnixSocket::from_passed(reader.into()).is_err());
         let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        assert!(Stream::from_passed(udp.into()).is_err());
+        assert!(UnixSocket::from_passed(udp.into()).is_err());
     }
 }
