@@ -198,7 +198,7 @@ fn said(failure: &Failure) -> &str {
 
 fn retry_text(retry: Retry) -> &'static str {
     match retry {
-        Retry::NotSent => "nothing of it was sent, so it may be repeated",
+        Retry::NotSent => "nothing of it was sent",
         Retry::MaybeExecuted => "it may have been carried out",
     }
 }

@@ -134,7 +134,9 @@ impl<'a> Delivery<'a> {
             let kept = self.chunk.ends.len() as u64 - handed_over;
             if handed_over > 0 {
                 let count = messages(handed_over);
-                complain(&format!("{name}: {count} with the broker, without an outcome yet"));
+                complain(&format!(
+                    "{name}: {count} with the broker, whose outcomes are not all known"
+                ));
             }
             if kept > 0 {
                 complain(&format!("{name}: {} not sent", messages(kept)));

@@ -34,7 +34,7 @@ pub struct Request {
 const EXAMPLES: &str = "\
 Examples:
   poolbroker request cache PING
-  poolbroker request cache 'GET page:1' --timeout 200ms
+  poolbroker request cache 'INCR page:1' --timeout 200ms
   printf 'PING' | poolbroker request cache -";
 
 impl Request {

@@ -44,7 +44,7 @@ pub struct Send {
 const EXAMPLES: &str = "\
 Examples:
   poolbroker send metrics 'page.views:1|c'
-  journalctl -f | poolbroker send logs --timeout 5m
+  journalctl -b | poolbroker send logs --timeout 5m
   poolbroker send metrics --via fifo 'page.views:1|c'";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -78,7 +78,10 @@ pub fn send_over(link: Link<'_>, message: Option<&[u8]>) -> Exit {
     let mut delivery = Delivery::new(link);
     let sent = match message {
         Some(message) => delivery.push(message),
-        None => read_lines(delivery.message_bytes_max(), &mut delivery),
+        None => read_lines(delivery.message_bytes_max(), &mut delivery).map_err(|mut error| {
+            error.text.push_str("; the rest of standard input was not read");
+            error
+        }),
     };
     let settled = sent.and_then(|()| delivery.settle());
     delivery.finish(settled)

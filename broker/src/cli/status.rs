@@ -47,7 +47,7 @@ impl Status {
 fn describe(report: &Report, colour: bool) -> String {
     let uptime = humantime::format_duration(Duration::from_secs(report.uptime_s));
     let mut text = format!(
-        "poolbroker {}, pid {}, {} for {uptime} in {}\n",
+        "poolbroker {}, pid {}, {}, up {uptime}, in {}\n",
         report.version, report.pid, report.state, report.runtime_dir
     );
     let tables = [
@@ -302,7 +302,7 @@ mod tests {
     fn every_table_and_both_sums_are_shown() {
         let shown = words(&describe(&Report::parse(ANSWER.as_bytes()).unwrap(), false));
         for line in [
-            "poolbroker 0.1.0, pid 7, running for 1m 1s in /run/pb",
+            "poolbroker 0.1.0, pid 7, running, up 1m 1s, in /run/pb",
             "metrics udp-write-only 127.0.0.1:8125 open (no_ports) 10 6 1 (too_big 1) 1 2 0 9 filter",
             "metrics 1 0 0 1 (write_only 1) 0 0 0 0 1 0",
             "metrics udp-write-only one_way 127.0.0.1:8125 127.0.0.1:40000 12 idle 3 6 6 60 0 0 9 -",

@@ -118,7 +118,7 @@ impl Shard {
             let Upstream { pool, config, .. } = &self.upstreams[upstream];
             let (queued, in_flight) = (pool.queued(), pool.in_flight());
             if queued > 0 || in_flight > 0 {
-                tracing::warn!(upstream = config.name, queued, in_flight, "given up");
+                tracing::warn!(upstream = config.name, queued, in_flight, "{why}");
             }
             self.given_up += queued + in_flight as u64;
             // Twice: a message that was partly written goes once its connection is closed.
