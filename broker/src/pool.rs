@@ -521,6 +521,9 @@ impl Pool {
             self.close(conn, reason);
         }
         self.give_up(u64::MAX, Settled::Dropped(reason));
+        if let Some(conn) = self.one_way {
+            self.rest_one_way(now, conn);
+        }
         for request in self.in_flight.ids() {
             self.end_request(now, request, RequestEnd::Failed(reason));
         }
@@ -531,9 +534,7 @@ impl Pool {
     /// The upstream's name was resolved, or not (no addresses).
     pub fn handle_resolved(&mut self, now: Time, addresses: Vec<SocketAddr>) {
         self.balance.handle_resolved(addresses);
-        if self.balance.fail_fast(now).is_some() {
-            self.fail_waiters(now);
-        }
+        self.fail_waiters_if_down(now);
         self.want_connections(now);
     }
 
@@ -568,9 +569,7 @@ impl Pool {
     pub fn handle_connect_failed(&mut self, now: Time, conn: ConnId, reason: Reason) {
         self.balance.handle_failure(now, reason);
         self.close(conn, reason);
-        if self.places.exchange == 0 && self.balance.fail_fast(now).is_some() {
-            self.fail_waiters(now);
-        }
+        self.fail_waiters_if_down(now);
         self.want_connections(now);
     }
 
@@ -600,11 +599,10 @@ impl Pool {
         self.balance.handle_useful();
         match after {
             After::Nothing => self.free(now, conn),
-            After::Surplus => {
-                self.close(conn, Reason::Unsolicited);
-                self.want_connections(now);
-            }
+            After::Surplus => self.close(conn, Reason::Unsolicited),
         }
+        // What waited for the backoff to pass need not wait any more.
+        self.want_connections(now);
         is_deliverable.then_some(owner)
     }
 
@@ -653,6 +651,7 @@ impl Pool {
             self.close(conn, reason);
         }
         self.serve_waiters(now);
+        self.fail_waiters_if_down(now);
         self.want_connections(now);
     }
 
@@ -729,3 +728,6 @@ impl Pool {
 fn earliest(limit: Time, caller_deadline: Option<Time>) -> Time {
     caller_deadline.map_or(limit, |deadline| deadline.min(limit))
 }
+
+#[cfg(test)]
+mod tests;

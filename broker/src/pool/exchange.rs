@@ -38,18 +38,21 @@ impl Pool {
             return;
         };
         let uses_max = self.settings.limits.requests_per_connection_max;
-        let one_way_waits = self.wants_one_way() && self.places.open >= self.connections_max();
+        // A new connection serves one waiter before it makes room: the roles take turns.
+        let has_turn = record.uses == 0 && !self.waiters.is_empty();
+        let one_way_waits =
+            !has_turn && self.wants_one_way() && self.places.open >= self.connections_max();
         if uses_max > 0 && record.uses >= uses_max {
             self.close(conn, Reason::UsesMax);
         } else if record.expires_at.is_some_and(|at| at <= now) {
             self.close(conn, Reason::Lifetime);
         } else if one_way_waits {
             self.close(conn, Reason::MakeRoom);
-        } else if let Some(request) = self.waiters.pop_front() {
+        } else if let Some(request) = self.next_waiter(now) {
             self.grant(now, request, conn);
             self.actions.push_back(Action::Dispatch { conn, request });
             return;
-        } else if self.closing_down && self.is_settled() {
+        } else if self.closing_down {
             self.close(conn, Reason::Drained);
         } else {
             self.move_to(conn, State::Idle { since: now });
@@ -60,13 +63,26 @@ impl Pool {
     }
 
     pub(super) fn serve_waiters(&mut self, now: Time) {
-        while !self.waiters.is_empty()
+        while !self.idle.is_empty()
+            && let Some(request) = self.next_waiter(now)
             && let Some(conn) = self.idle.pop()
-            && let Some(request) = self.waiters.pop_front()
         {
             self.grant(now, request, conn);
             self.actions.push_back(Action::Dispatch { conn, request });
         }
+    }
+
+    /// Takes the first waiter whose caller still waits: timers run after events, and what nobody
+    /// wants any more is not sent.
+    fn next_waiter(&mut self, now: Time) -> Option<RequestId> {
+        while let Some(request) = self.waiters.pop_front() {
+            let deadline = self.in_flight.get(request)?.caller_deadline;
+            if deadline.is_none_or(|deadline| deadline > now) {
+                return Some(request);
+            }
+            self.end_request(now, request, RequestEnd::TimedOut);
+        }
+        None
     }
 
     /// Puts the request on a connection back to the head of the waiters.
@@ -131,8 +147,11 @@ impl Pool {
         self.actions.push_back(Action::Fail { request, owner: entry.owner, end, was_sent });
     }
 
-    pub(super) fn fail_waiters(&mut self, now: Time) {
-        let reason = self.balance.fail_fast(now).unwrap_or(Reason::UpstreamDown);
+    /// Nobody waits for an open breaker, unless a connection is left to wait for.
+    pub(super) fn fail_waiters_if_down(&mut self, now: Time) {
+        let Some(reason) = self.balance.fail_fast(now).filter(|_| self.places.exchange == 0) else {
+            return;
+        };
         for request in std::mem::take(&mut self.waiters) {
             if let Some(Place::Waiting { deadline }) =
                 self.in_flight.get(request).map(|entry| entry.place)

@@ -107,13 +107,14 @@ impl Pool {
 
     /// Ends a one-way connection in order: what was written is still delivered.
     pub(super) fn finish_one_way(&mut self, now: Time, conn: ConnId, reason: Reason) {
+        let is_up = self.conns.get(conn).is_some_and(|record| record.state != State::Connecting);
         match self.settings.protocol {
-            Protocol::Tcp => {
+            Protocol::Tcp if is_up => {
                 let until = now + self.settings.limits.finish_timeout;
                 self.move_to(conn, State::Draining { until, reason });
                 self.actions.push_back(Action::Drain { conn });
             }
-            Protocol::Udp | Protocol::UdpWriteOnly => self.close(conn, reason),
+            Protocol::Tcp | Protocol::Udp | Protocol::UdpWriteOnly => self.close(conn, reason),
         }
     }
 }

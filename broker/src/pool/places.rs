@@ -244,8 +244,11 @@ impl Pool {
             State::Connecting => self.handle_connect_failed(now, conn, Reason::ConnectTimeout),
             State::Idle { .. } => {
                 let expired = record.expires_at.is_some_and(|at| at <= now);
-                let kept_warm = record.role == Role::Exchange
-                    && self.places.exchange <= self.settings.limits.connections_min;
+                let warm = self.settings.limits.connections_min;
+                let kept_warm = match record.role {
+                    Role::Exchange => self.places.exchange <= warm,
+                    Role::OneWay => self.settings.protocol == Protocol::UdpWriteOnly && warm > 0,
+                };
                 if kept_warm && !expired {
                     // Idle counts anew: it is kept on purpose.
                     if let Some(record) = self.conns.get_mut(conn) {
