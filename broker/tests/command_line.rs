@@ -271,6 +271,10 @@ fn a_bad_configuration_names_file_line_and_key() {
         ("\n[upstream.a]\nurl = \"ftp://x:1\"".into(), ":3: upstream.a.url: \"ftp://x:1\""),
         ("[upstream.a]\nurl = \"tcp://x:70000\"".into(), ":2: upstream.a.url: "),
         ("[upstream.broker]\nurl = \"tcp://x:1\"".into(), ":1: upstream.broker: "),
+        (
+            "[limits]\nfifo_record_bytes_max = 2\n".into(),
+            ":2: limits.fifo_record_bytes_max: 2 is out of range",
+        ),
         ("[limit]\n".into(), ":1: unknown key \"limit\"; did you mean \"limits\"?"),
         ("url = ".into(), ":1: not TOML: "),
     ] {

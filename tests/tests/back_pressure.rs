@@ -5,13 +5,17 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use poolbroker_proto::message::{BrokerMessage, ClientMessage};
+use poolbroker_proto::reason::Reason;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, list, listener_in, total};
+use poolbroker_tests::deadline::PATIENCE;
 use poolbroker_tests::peers::{TcpEcho, TcpSink, UdpSink};
 use poolbroker_tests::raw::{RawClient, ask};
 
@@ -158,6 +162,36 @@ fn a_connection_that_breaks_is_followed_by_one_that_starts_at_a_message() {
 }
 
 #[test]
+fn a_connection_that_still_ends_never_tears_a_message_of_its_successor() {
+    let peer = TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = format!(
+        "[upstream.logs]\nurl = \"tcp://{}\"\nidle_timeout = \"100ms\"\n\
+         finish_timeout = \"600ms\"\nqueue_bytes_max = 2097152\n",
+        peer.local_addr().unwrap()
+    );
+    let broker = Broker::builder().config(&config).start();
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("logs");
+    client.send(handle, b"first");
+    let (mut first, _) = peer.accept().unwrap();
+    first.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut line = [0; 6];
+    first.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"first\n");
+    // It ends for idleness, and only its own half: this peer keeps the other one open.
+    assert_eq!(first.read(&mut line).unwrap(), 0);
+    // More than the kernel takes at once, and different everywhere.
+    let body: Vec<u8> = (0..120_000).flat_map(|n| format!("{n:07},").into_bytes()).collect();
+    client.send(handle, &body);
+    let (mut second, _) = peer.accept().unwrap();
+    second.set_read_timeout(Some(PATIENCE)).unwrap();
+    broker.wait_until_upstream("logs", |upstream| total(upstream, "connections_closed") > 0);
+    let mut arrived = vec![0; body.len() + 1];
+    second.read_exact(&mut arrived).unwrap();
+    assert!(arrived == [&body[..], b"\n"].concat(), "the message was torn");
+}
+
+#[test]
 fn a_message_that_waits_too_long_expires() {
     let broker = down("queue_timeout = \"100ms\"");
     let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
@@ -208,6 +242,58 @@ fn a_full_queue_blocks_or_drops_as_configured() {
             "drop-newest" => assert_eq!(arrived, Vec::from_iter(0..kept)),
             _ => assert_eq!(arrived, Vec::from_iter(1000 - kept..1000)),
         }
+    }
+}
+
+#[test]
+fn a_message_that_is_refused_drops_nobody_elses() {
+    let broker = down("queue_timeout = \"0s\"\noverflow = \"drop-oldest\"\nqueue_bytes_max = 4096");
+    let (mut good, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = good.open("down");
+    for _ in 0..4 {
+        good.send(handle, &[b'a'; 1000]);
+    }
+    broker.wait_until_upstream("down", |upstream| total(upstream, "queued") == 4);
+    let (mut bad, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = bad.open("down");
+    // As long as the whole queue, and two lines.
+    bad.send(handle, &[&[b'x'; 2000][..], b"\n", &[b'x'; 2000]].concat());
+    let outcomes = bad.flush(handle);
+    assert_eq!(outcomes.refused, [(Reason::Delimiter, 1)], "{outcomes:?}");
+    let upstream = broker.upstream_status("down");
+    assert_eq!((total(&upstream, "queued"), total(&upstream, "dropped")), (4, 0), "{upstream:#}");
+}
+
+#[test]
+fn a_flush_waits_for_what_was_sent_before_it_though_later_messages_are_dropped() {
+    let mut sink = TcpSink::start();
+    sink.stop();
+    let config = format!(
+        "[upstream.logs]\nurl = \"{}\"\nqueue_timeout = \"0s\"\noverflow = \"drop-newest\"\n\
+         queue_bytes_max = 4096\n",
+        sink.url()
+    );
+    let broker = Broker::builder().config(&config).start();
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("logs");
+    for _ in 0..4 {
+        client.send(handle, &[b'a'; 1000]);
+    }
+    client.send_control(5, handle, &ClientMessage::Flush);
+    for _ in 0..4 {
+        client.send(handle, &[b'b'; 1000]);
+    }
+    broker.wait_until_upstream("logs", |upstream| {
+        (total(upstream, "queued"), total(upstream, "dropped")) == (4, 4)
+    });
+    sink.restart();
+    let answer = client.next_frame().unwrap();
+    assert_eq!(answer.header.correlation, 5);
+    match answer.control() {
+        BrokerMessage::Flushed(outcomes) => {
+            assert_eq!((outcomes.sent, outcomes.dropped_total()), (4, 4), "{outcomes:?}");
+        }
+        other => panic!("the broker did not flush but said {other:?}"),
     }
 }
 

@@ -69,6 +69,25 @@ fn a_line_written_byte_by_byte_is_one_message() {
 }
 
 #[test]
+fn packets_are_read_to_the_last_and_hold_up_no_other_writer() {
+    let (sink, broker) = line_sink();
+    let fifo = broker.fifo("logs");
+    let mut packets = writer(&fifo);
+    // Each write is a packet then, and ends a read early (O_DIRECT in pipe(2)).
+    let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::DIRECT;
+    rustix::fs::fcntl_setfl(&packets, flags).unwrap();
+    broker.pause();
+    for number in 0..10 {
+        packets.write_all(format!("packet {number}\n").as_bytes()).unwrap();
+    }
+    broker.resume();
+    let arrived = sink.wait_for(10).into_iter().map(text);
+    assert!(arrived.eq((0..10).map(|number| format!("packet {number}"))));
+    writer(&fifo).write_all(b"of another writer\n").unwrap();
+    assert_eq!(sink.wait_for(11)[10], b"of another writer");
+}
+
+#[test]
 fn empty_lines_are_counted_and_change_nothing() {
     let (sink, broker) = line_sink();
     let mut fifo = writer(&broker.fifo("logs"));

@@ -3,6 +3,9 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use poolbroker_proto::frame::{FrameHeader, HEADER_BYTES, Kind, VERSION, hello};
@@ -10,6 +13,7 @@ use poolbroker_proto::message::{BrokerMessage, ClientMessage, Retry};
 use poolbroker_proto::reason::Reason;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{list, total};
+use poolbroker_tests::deadline::PATIENCE;
 use poolbroker_tests::peers::{Manners, Marks, TcpEcho, TcpSink};
 use poolbroker_tests::raw::{OwnedFrame, RawClient, ask, control, frame};
 
@@ -71,6 +75,62 @@ fn half_a_frame_of_a_client_that_leaves_goes_nowhere() {
     broker.wait_until(|status| list(status, "sessions").is_empty());
     broker.wait_until_upstream("logs", |upstream| total(upstream, "sent") == 4);
     assert_eq!(sink.wait_for(4), vec![b"whole"; 4]);
+}
+
+#[test]
+fn all_that_a_client_wrote_before_it_left_is_taken() {
+    // More than one turn takes.
+    const COUNT: usize = 5000;
+    let sink = TcpSink::start();
+    let broker = Broker::start(&[format!("logs={}", sink.url())]);
+    broker.pause();
+    let mut client = RawClient::connect(broker.runtime_dir());
+    let mut bytes = hello_frame(&hello());
+    let (header, body) = control(1, 0, &ClientMessage::Open { name: "logs".into() });
+    bytes.extend(frame(header, &body));
+    let body = |number: usize| number.to_string().into_bytes();
+    for number in 0..COUNT {
+        bytes.extend(frame(FrameHeader::new(Kind::Send), &body(number)));
+    }
+    client.send_bytes(&bytes);
+    // Nobody is there any more to be told of the welcome.
+    drop(client);
+    broker.resume();
+    assert!(sink.wait_for(COUNT).into_iter().eq((0..COUNT).map(body)), "order or content changed");
+    broker.wait_until(|status| list(status, "sessions").is_empty());
+}
+
+#[test]
+fn what_a_blocked_client_wrote_is_taken_though_its_reply_finds_nobody() {
+    const COUNT: usize = 20;
+    let mut sink = TcpSink::start();
+    sink.stop();
+    let peer = TcpListener::bind("127.0.0.1:0").unwrap();
+    let config = format!(
+        "[upstream.logs]\nurl = \"{}\"\nqueue_timeout = \"0s\"\nqueue_bytes_max = 4096\n\
+         [upstream.slow]\nurl = \"tcp://{}\"\n",
+        sink.url(),
+        peer.local_addr().unwrap()
+    );
+    let broker = Broker::builder().config(&config).start();
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let (logs, slow) = (client.open("logs"), client.open("slow"));
+    client.send_request(slow, 9, 0, b"question");
+    let (mut connection, _) = peer.accept().unwrap();
+    connection.set_read_timeout(Some(PATIENCE)).unwrap();
+    connection.read_exact(&mut [0; 9]).unwrap();
+    let body = |number: usize| format!("{number:01000}").into_bytes();
+    for number in 0..COUNT {
+        client.send(logs, &body(number));
+    }
+    let upstream = broker.wait_until_upstream("logs", |upstream| total(upstream, "queued") == 4);
+    assert_eq!(total(&upstream, "accepted"), 4, "the rest waits in the session: {upstream:#}");
+    drop(client);
+    connection.write_all(b"reply\n").unwrap();
+    broker.wait_until_upstream("slow", |upstream| total(upstream, "in_flight") == 0);
+    sink.restart();
+    assert!(sink.wait_for(COUNT).into_iter().eq((0..COUNT).map(body)), "order or content changed");
+    broker.wait_until(|status| list(status, "sessions").is_empty());
 }
 
 #[test]
@@ -178,6 +238,28 @@ fn more_requests_in_flight_than_allowed_are_refused() {
     }
     let (correlation, answer) = client.next_answer();
     assert_eq!((correlation, answer.failure().reason), (11, Reason::Quota));
+}
+
+#[test]
+fn descriptors_beyond_the_quota_end_the_sessions_that_sent_them_and_no_other() {
+    const WITHIN: usize = 8;
+    let echo = TcpEcho::start();
+    let broker = Broker::builder()
+        .upstream("echo", &echo.url())
+        .config("[limits]\ndescriptors_in_flight_max_per_uid = 64\ndescriptor_timeout = \"1m\"\n")
+        .start();
+    let pipes: Vec<_> = (0..8).map(|_| std::io::pipe().unwrap()).collect();
+    let fds: Vec<BorrowedFd<'_>> = pipes.iter().map(|(reader, _)| reader.as_fd()).collect();
+    let clients: Vec<RawClient> =
+        (0..WITHIN + 2).map(|_| RawClient::welcomed(broker.runtime_dir()).0).collect();
+    for client in &clients {
+        // The beginning of a frame that never becomes complete: nothing claims them.
+        client.send_with(b"x", &fds).unwrap();
+    }
+    broker.wait_until(|status| list(status, "sessions").len() == WITHIN);
+    assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
+    drop(clients);
+    broker.wait_until(|status| list(status, "sessions").is_empty());
 }
 
 #[test]

@@ -4,8 +4,8 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, UdpSocket};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -331,6 +331,88 @@ fn the_waiting_line_has_an_end() {
 }
 
 #[test]
+fn bodies_that_wait_are_charged_to_their_user_and_given_back() {
+    const QUOTA: u64 = 8 * 1024 * 1024;
+    const SENT: u64 = 20;
+    let body = vec![b'x'; 1_000_000];
+    let echo = TcpEcho::behaving(Manners::NeverReplies);
+    let broker = with_limits(
+        &echo.url(),
+        &format!(
+            "connections_max = 1\nwait_timeout = \"1h\"\nrequest_timeout = \"1h\"\n\
+             [limits]\nqueued_bytes_max_per_uid = {QUOTA}"
+        ),
+    );
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("echo");
+    for correlation in 1..=SENT {
+        client.send_request(handle, correlation, 0, &body);
+    }
+    let fit = QUOTA / 1_000_000;
+    for _ in fit..SENT {
+        let failure = client.next_answer().1.failure();
+        assert_eq!(failure.reason, Reason::Quota, "{failure:?}");
+        assert_eq!(failure.retry, Retry::NotSent);
+    }
+    let upstream = broker.upstream_status("echo");
+    let in_flight = total(&upstream, "in_flight");
+    assert!((1..=fit).contains(&in_flight), "{upstream:#}");
+    echo.behave(Manners::Prompt);
+    drop(client);
+    broker.wait_until_upstream("echo", |upstream| total(upstream, "in_flight") == 0);
+    assert!(ask(broker.runtime_dir(), "echo", &body).reply() == body);
+}
+
+#[test]
+fn replies_that_are_not_read_are_charged_to_their_user_and_given_back() {
+    const QUOTA: u64 = 8 * 1024 * 1024;
+    const CLIENTS: u64 = 24;
+    const REPLY_BYTES: usize = 1_000_000;
+    // Short questions, so that only the replies matter.
+    let peer = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("tcp://{}", peer.local_addr().unwrap());
+    thread::spawn(move || {
+        for connection in peer.incoming() {
+            let connection = connection.unwrap();
+            thread::spawn(move || answer_at_length(&connection, REPLY_BYTES));
+        }
+    });
+    let broker = with_limits(&url, &format!("[limits]\nqueued_bytes_max_per_uid = {QUOTA}"));
+    let mut clients = Vec::new();
+    for done in 1..=CLIENTS {
+        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+        let handle = client.open("echo");
+        client.send_request(handle, 1, 0, b"?");
+        clients.push(client);
+        broker.wait_until_upstream("echo", |upstream| {
+            total(upstream, "requests") == done && total(upstream, "in_flight") == 0
+        });
+    }
+    let status = broker.status();
+    broker.assert_sums(&status);
+    let unread: u64 =
+        list(&status, "sessions").iter().map(|session| total(session, "queued_bytes")).sum();
+    assert!(unread <= QUOTA, "{unread} bytes");
+    let replied = total(&broker.upstream_status("echo"), "replied");
+    assert!((1..CLIENTS).contains(&replied), "{replied} replies were kept");
+    let mut read = 0;
+    for client in &mut clients {
+        match client.next_answer().1 {
+            Answer::Reply(body) => {
+                assert!(body == vec![b'x'; REPLY_BYTES], "a reply is damaged");
+                read += 1;
+            }
+            Answer::Failed(failure) => {
+                assert_eq!(failure.retry, Retry::MaybeExecuted, "{failure:?}");
+            }
+            Answer::Closed => panic!("the session ended"),
+        }
+    }
+    assert_eq!(read, replied);
+    assert_eq!(ask(broker.runtime_dir(), "echo", b"?").reply().len(), REPLY_BYTES);
+}
+
+#[test]
 fn waiting_for_a_connection_ends_after_wait_timeout() {
     let echo = TcpEcho::behaving(Manners::NeverReplies);
     let broker = with_limits(&echo.url(), "connections_max = 1\nwait_timeout = \"100ms\"");
@@ -385,6 +467,16 @@ fn a_silent_udp_upstream_fails_the_request_and_not_the_broker() {
     let failure = client.request(handle, 100, b"anybody?").failure();
     assert_eq!(failure.reason, Reason::RequestTimeout, "{failure:?}");
     assert_eq!(ask(broker.runtime_dir(), "echo", b"here").reply(), b"here");
+}
+
+#[test]
+fn a_udp_request_to_a_closed_port_fails_as_refused_and_never_waits_for_its_timeout() {
+    let broker = Broker::start(&[format!("gone=udp://127.0.0.1:{}", unused_port())]);
+    for _ in 0..3 {
+        let failure = ask(broker.runtime_dir(), "gone", b"anybody?").failure();
+        assert_eq!(failure.reason, Reason::ConnectRefused, "{failure:?}");
+        assert!(failure.text.contains("gone"), "{failure:?}");
+    }
 }
 
 #[test]
@@ -512,6 +604,16 @@ fn storm(broker: &Broker, clients: usize, requests: usize, timeout_ms: u32) -> T
         }
     });
     Totals { own: own.into_inner(), failed: failed.into_inner() }
+}
+
+/// Answers each line with a line of `reply_bytes`.
+fn answer_at_length(mut connection: &TcpStream, reply_bytes: usize) {
+    let reply = [&vec![b'x'; reply_bytes][..], b"\n"].concat();
+    for question in BufReader::new(connection).lines() {
+        if question.and_then(|_| connection.write_all(&reply)).is_err() {
+            return;
+        }
+    }
 }
 
 fn with_limits(url: &str, limits: &str) -> Broker {

@@ -6,6 +6,8 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
@@ -13,9 +15,9 @@ use poolbroker_proto::frame::{FrameHeader, Kind};
 use poolbroker_proto::message::{Attachment, BrokerMessage};
 use poolbroker_proto::reason::Reason;
 use poolbroker_tests::Broker;
-use poolbroker_tests::broker::total;
+use poolbroker_tests::broker::{list, total, wait_for_child};
 use poolbroker_tests::deadline::wait_for;
-use poolbroker_tests::peers::{Manners, TcpEcho, TcpSink, UdpSink};
+use poolbroker_tests::peers::{Manners, TcpEcho, TcpSink, UdpBlackHole, UdpSink};
 use poolbroker_tests::raw::{Attach, RawClient, frame};
 use rustix::process::Signal;
 
@@ -163,6 +165,81 @@ fn what_cannot_be_sent_within_drain_timeout_is_dropped_and_named() {
 }
 
 #[test]
+fn a_pipe_cut_off_by_drain_timeout_loses_what_is_counted_and_no_part_of_a_line_goes_on() {
+    const LINES: usize = 40_000;
+    let line = |number: usize| format!("P{number:06}!");
+    let mut sink = TcpSink::start();
+    sink.stop();
+    let config = format!(
+        "[upstream.logs]\nurl = \"{}\"\nqueue_timeout = \"0s\"\nqueue_bytes_max = 4096\n\
+         [limits]\ndrain_timeout = \"300ms\"\n",
+        sink.url()
+    );
+    let mut broker = Broker::builder().config(&config).start();
+    let (reader, mut writer) = io::pipe().unwrap();
+    let mut command = broker.command("pipe");
+    command.args(["logs", "--timeout", "1m"]).stdin(reader).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    // Its own copy of the read end would keep the pipe open.
+    drop(command);
+    // They fit in no buffers on the way, so the next broker reads the rest.
+    let writing = thread::spawn(move || {
+        for number in 0..LINES {
+            writer.write_all(format!("{}\n", line(number)).as_bytes()).unwrap();
+        }
+    });
+    broker.wait_until_upstream("logs", |upstream| total(upstream, "queued") > 0);
+    assert_eq!(broker.terminate().code(), Some(1), "{}", broker.stderr());
+    sink.restart();
+    broker.restart();
+    let exit = wait_for_child(&mut child);
+    writing.join().unwrap();
+    let stderr = io::read_to_string(child.stderr.take().unwrap()).unwrap();
+    assert_eq!(exit.code(), Some(1), "{stderr}");
+    let lost = counts_in(&stderr, "dropped") + counts_in(&stderr, "refused");
+    assert!(lost > 0 && lost < LINES, "{stderr}");
+    let arrived = sink.wait_for(LINES - lost).into_iter();
+    let rest = (lost..LINES).map(|number| line(number).into_bytes());
+    assert!(arrived.eq(rest), "{lost} were lost, and not exactly the others arrived");
+}
+
+#[test]
+fn a_udp_socket_that_waits_for_a_late_reply_does_not_hold_up_the_end() {
+    let hole = UdpBlackHole::start();
+    let config = format!(
+        "[upstream.hole]\nurl = \"{}\"\nlate_reply_window = \"10m\"\nlifetime = \"0s\"\n\
+         [limits]\ndrain_timeout = \"1h\"\n",
+        hole.url()
+    );
+    let mut broker = Broker::builder().config(&config).start();
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("hole");
+    let failure = client.request(handle, 100, b"anybody?").failure();
+    assert_eq!(failure.reason, Reason::RequestTimeout, "{failure:?}");
+    broker.wait_until_upstream("hole", |upstream| {
+        list(upstream, "connections").iter().any(|socket| socket["state"] == "draining")
+    });
+    assert_eq!(broker.terminate().code(), Some(0), "{}", broker.stderr());
+}
+
+#[test]
+fn an_admin_client_that_never_finishes_its_question_does_not_hold_up_the_end() {
+    let mut broker = Broker::start(&["unused=tcp://127.0.0.1:9"]);
+    let before = broker.fd_count();
+    let mut admin = UnixStream::connect(broker.runtime_dir().join("admin.sock")).unwrap();
+    admin.write_all(b"s").unwrap();
+    wait_for("the client is being served", || (broker.fd_count() > before).then_some(()));
+    // A byte in less than the time it has for the whole question, until it is closed.
+    let dripping = thread::spawn(move || {
+        while admin.write_all(b"s").is_ok() {
+            thread::sleep(Duration::from_millis(300));
+        }
+    });
+    assert_eq!(broker.terminate().code(), Some(0), "{}", broker.stderr());
+    dripping.join().unwrap();
+}
+
+#[test]
 fn a_second_signal_ends_it_at_once() {
     for second in [Signal::TERM, Signal::INT] {
         let sink = TcpSink::start();
@@ -187,6 +264,16 @@ fn an_idle_broker_ends_at_once_and_leaves_nothing_that_looks_alive() {
     }
     broker.restart();
     assert_eq!(broker.terminate().code(), Some(0), "{}", broker.stderr());
+}
+
+/// The sum of the counts in the lines `UPSTREAM: N messages VERB: REASON`.
+fn counts_in(stderr: &str, verb: &str) -> usize {
+    let of_verb = stderr.lines().filter_map(|line| {
+        let (count, rest) = line.split_once(" message")?;
+        let is_it = rest.trim_start_matches('s').starts_with(&format!(" {verb}: "));
+        is_it.then(|| count.rsplit(' ').next().unwrap().parse::<usize>().unwrap())
+    });
+    of_verb.sum()
 }
 
 /// A broker with more to send than every buffer on the way to the paused sink can hold, and the
