@@ -27,8 +27,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use poolbroker_tests::Broker;
-use poolbroker_tests::broker::{total, wait_for_child};
-use poolbroker_tests::deadline::wait_for;
+use poolbroker_tests::broker::total;
+use poolbroker_tests::deadline::{PATIENCE, wait_for};
 
 const LINES: u64 = 1_000_000;
 const LINE_BYTES: u64 = 22;
@@ -212,7 +212,8 @@ fn start(command: &mut Command) -> Child {
 }
 
 fn wait(mut child: Child) {
-    let status = wait_for_child(&mut child);
+    // Not polled: its interval would count, and weigh more on the faster side.
+    let status = child.wait().expect("the child is ours");
     assert!(status.success(), "{status}");
 }
 
@@ -259,9 +260,11 @@ impl Sink {
     }
 
     fn wait_for_bytes(&self, expected: u64) {
-        wait_for("the sink has every byte", || {
-            (self.bytes.load(Ordering::SeqCst) >= expected).then_some(())
-        });
+        let end = Instant::now() + PATIENCE;
+        while self.bytes.load(Ordering::SeqCst) < expected {
+            assert!(Instant::now() < end, "the sink has not got every byte");
+            thread::sleep(Duration::from_micros(100));
+        }
     }
 
     /// The datagrams received, once no more come.
