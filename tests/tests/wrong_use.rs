@@ -7,12 +7,14 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Output};
 
 use poolbroker_tests::Broker;
 use poolbroker_tests::binary::poolbroker_binary;
+use poolbroker_tests::deadline::wait_for;
 use poolbroker_tests::peers::{TcpEcho, UdpSink};
 
 const FAILED: i32 = 1;
@@ -59,7 +61,12 @@ fn a_user_without_permission_is_told_which_file_is_closed_to_him() {
             Command::new(program)
         }
     };
-    let output = command.args(args).arg(broker.runtime_dir()).output().unwrap();
+    command.args(args).arg(broker.runtime_dir());
+    // A child that another test is just starting may still hold the copy open for writing.
+    let output = wait_for("the copy can be executed", || match command.output() {
+        Err(error) if error.kind() == ErrorKind::ExecutableFileBusy => None,
+        output => Some(output.unwrap()),
+    });
     let socket = broker.runtime_dir().join("broker.sock");
     expect(&output, FAILED, &[socket.to_str().unwrap(), "may not connect"]);
 }
