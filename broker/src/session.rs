@@ -186,7 +186,7 @@ impl Session {
         self.in_flight.values().copied()
     }
 
-    /// One-way messages accepted from this session.
+    /// One-way messages accepted from it.
     pub fn accepted(&self) -> u64 {
         self.handles.iter().map(|handle| handle.ledger.accepted).sum()
     }

@@ -72,7 +72,7 @@ impl Client {
         Client::connect_to(&RuntimeDir::resolve(Some(runtime_dir.as_ref()))?)
     }
 
-    /// The id of this session, as `poolbroker status` shows it.
+    /// The id of the session, as `poolbroker status` shows it.
     #[must_use]
     pub fn session(&self) -> u64 {
         self.inner.id

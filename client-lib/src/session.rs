@@ -33,7 +33,7 @@ use crate::reply::{CorrelationId, Reply};
 use crate::stream::{FrameStream, Read, is_gone};
 
 /// How long a send waits for room and a control message for its answer, unless set otherwise. Both
-/// end early only where the broker reads no more of this session, because it is stopped or because
+/// end early only where the broker reads no more of the session, because it is stopped or because
 /// an upstream with `overflow = "block"` is; 30 s is that upstream's own `queue_timeout`.
 pub(crate) const SEND_TIMEOUT: Duration = Duration::from_secs(30);
 

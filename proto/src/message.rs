@@ -82,12 +82,12 @@ pub enum BrokerMessage {
         /// What became of its messages.
         outcomes: Outcomes,
     },
-    /// Unasked, last: the broker reads nothing more from this session. What it had not taken was
+    /// Unasked, last: the broker reads nothing more from the session. What it had not taken was
     /// never seen and may be sent again elsewhere.
     Goodbye {
         /// Why.
         reason: Reason,
-        /// Per handle the totals of this session: the first `accepted + refused` messages were
+        /// Per handle the totals of the session: the first `accepted + refused` messages were
         /// taken.
         upstreams: Vec<(u16, Outcomes)>,
     },

@@ -71,7 +71,7 @@ impl Answer {
 pub enum Attach {
     /// It reads it.
     Taken {
-        /// As this session.
+        /// Its id.
         session: u64,
     },
     /// It does not want it.

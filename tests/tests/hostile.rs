@@ -397,7 +397,7 @@ fn open_url(client: &mut RawClient, url: &str) -> Result<u16, Reason> {
     }
 }
 
-/// Why the broker ends this session: its last words, a failure or a goodbye or both.
+/// Why the broker ends the session: its last words, a failure or a goodbye or both.
 fn goodbye(client: &mut RawClient) -> Reason {
     let said: Vec<OwnedFrame> = client.until_closed();
     let reasons: Vec<Reason> = said

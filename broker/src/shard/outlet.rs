@@ -299,11 +299,9 @@ impl Upstream {
 
     /// Deadlines have come.
     pub fn handle_timeout(&mut self, now: Time) {
-        if self.pause.is_some_and(|pause| pause.until <= now) {
-            // What is left of the pause is its length, the measure of the next one.
-            let length = self.pause.map_or(Duration::ZERO, |pause| pause.length);
-            self.pause = None;
-            self.send_after_pause(now, length);
+        // Only datagrams pause; the length of the last pause is the measure of the next one.
+        if let Some(pause) = self.pause.take_if(|pause| pause.until <= now) {
+            self.send_datagrams(now, pause.length);
         }
         self.pool.handle_timeout(now);
     }
@@ -807,12 +805,6 @@ impl Upstream {
                 Err(Errno::AGAIN) => socket.is_writable = false,
                 Err(error) => return self.lose(now, conn, broken(error)),
             }
-        }
-    }
-
-    fn send_after_pause(&mut self, now: Time, last_pause: Duration) {
-        if self.config.url.protocol != Protocol::Tcp {
-            self.send_datagrams(now, last_pause);
         }
     }
 
