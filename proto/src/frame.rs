@@ -15,6 +15,9 @@
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 24;
 
+/// The same in words of 8 bytes.
+pub(crate) const HEADER_WORDS: usize = HEADER_BYTES / 8;
+
 /// The protocol version spoken by this crate. A broker refuses every other one.
 pub const VERSION: u16 = 1;
 
@@ -115,8 +118,8 @@ impl FrameHeader {
         Ok(())
     }
 
-    /// The header as three little-endian words.
-    fn words(&self, body_bytes: usize) -> Result<[u64; 3], FrameError> {
+    /// The header as words.
+    pub(crate) fn words(&self, body_bytes: usize) -> Result<[u64; HEADER_WORDS], FrameError> {
         let length = u32::try_from(body_bytes).map_err(|_| FrameError::TooLong {
             bytes: body_bytes as u64,
             max: u32::MAX as usize,
@@ -124,6 +127,20 @@ impl FrameHeader {
         let first =
             u64::from(length) | u64::from(self.kind as u8) << 32 | u64::from(self.upstream) << 48;
         Ok([first, self.correlation, u64::from(self.timeout_ms)])
+    }
+
+    /// The header that is written in words, and the length of its body.
+    pub(crate) fn from_words(words: [u64; HEADER_WORDS]) -> Result<(Self, usize), FrameError> {
+        let [first, correlation, last] = words;
+        let [l0, l1, l2, l3, kind, reserved, u0, u1] = first.to_le_bytes();
+        let kind = Kind::from_wire(kind).ok_or(FrameError::UnknownKind(kind))?;
+        let timeout_ms = u32::try_from(last).map_err(|_| FrameError::Reserved)?;
+        if reserved != 0 {
+            return Err(FrameError::Reserved);
+        }
+        let upstream = u16::from_le_bytes([u0, u1]);
+        let body_bytes = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+        Ok((FrameHeader { kind, upstream, correlation, timeout_ms }, body_bytes))
     }
 }
 
@@ -201,24 +218,13 @@ impl Deframer {
         let Some(wire) = bytes.first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
         };
-        let [l0, l1, l2, l3, kind, reserved, u0, u1, rest @ ..] = *wire;
-        let [c0, c1, c2, c3, c4, c5, c6, c7, t0, t1, t2, t3, r0, r1, r2, r3] = rest;
-        let length = u32::from_le_bytes([l0, l1, l2, l3]);
-        let kind = Kind::from_wire(kind).ok_or(FrameError::UnknownKind(kind))?;
-        if reserved != 0 || [r0, r1, r2, r3] != [0; 4] {
-            return Err(FrameError::Reserved);
-        }
-        let max = kind.body_bytes_max(self.message_bytes_max);
-        let body_bytes = usize::try_from(length).unwrap_or(usize::MAX);
+        let (words, _) = wire.as_chunks::<8>();
+        let words = [0, 1, 2].map(|index: usize| u64::from_le_bytes(words[index]));
+        let (header, body_bytes) = FrameHeader::from_words(words)?;
+        let max = header.kind.body_bytes_max(self.message_bytes_max);
         if body_bytes > max {
-            return Err(FrameError::TooLong { bytes: u64::from(length), max });
+            return Err(FrameError::TooLong { bytes: body_bytes as u64, max });
         }
-        let header = FrameHeader {
-            kind,
-            upstream: u16::from_le_bytes([u0, u1]),
-            correlation: u64::from_le_bytes([c0, c1, c2, c3, c4, c5, c6, c7]),
-            timeout_ms: u32::from_le_bytes([t0, t1, t2, t3]),
-        };
         Ok(Some((header, body_bytes)))
     }
 }

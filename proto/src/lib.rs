@@ -1,7 +1,7 @@
 //! What poolbroker and its clients must agree on.
 //!
 //! Everything here is either pure (bytes in, values out) or one thin wrapper of the kernel
-//! ([`fd`]). The crate knows neither the broker nor the client library.
+//! ([`fd`], and the mapping of [`ring`]). The crate knows neither the broker nor the client library.
 //!
 //! | module | its noun |
 //! |---|---|
@@ -10,6 +10,7 @@
 //! | [`frame`] | one unit on a Unix stream: header and body |
 //! | [`framing`] | how a byte stream marks where a message ends |
 //! | [`message`] | the control messages, in bincode |
+//! | [`ring`] | messages in shared memory: producer, consumer, who wakes whom |
 //! | [`reason`] | why something ended: counter name, text and reply code in one enum |
 //! | [`runtime_dir`] | the directory in which a broker and its clients meet |
 
@@ -19,4 +20,5 @@ pub mod frame;
 pub mod framing;
 pub mod message;
 pub mod reason;
+pub mod ring;
 pub mod runtime_dir;
