@@ -67,6 +67,17 @@ pub enum Overflow {
     DropOldest,
 }
 
+/// Whether the broker looks for the next event before it waits for one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum BusyPoll {
+    /// It waits at once.
+    Off,
+    /// It looks that long after each event.
+    For(Duration),
+    /// It looks as long as that pays (`waiting.rs`).
+    Auto,
+}
+
 /// The FIFO of an upstream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FifoConfig {
@@ -284,6 +295,14 @@ limits! {
         "Replies that a client has not read; a session above it is not read either.";
     resolve_interval: Duration = s(15), s(1)..=DAY, "duration",
         "Host names are resolved again that often while they are in use.";
+    ring_bytes_max_per_uid: usize = 1024 * MIB, MIB..=1024 * 1024 * MIB, "bytes",
+        "Shared memory of all rings of one user. Pages exist only once they were used.";
+    delay_max: Duration = Duration::from_micros(500), NONE..=ms(10), "duration",
+        "How long the broker naps between two looks at rings, FIFOs and pipes from which one-way \
+         messages keep coming. Requests end a nap at once.";
+    busy_poll: BusyPoll = BusyPoll::Auto, BusyPoll::Off..=BusyPoll::Auto, "duration",
+        "How long the broker looks for the next event before it waits for one. auto: a moment, \
+         while events come closely; off: never; 50us: always that long, for the sake of latency.";
     nobuf_backoff_min: Duration = ms(1), ms(1)..=s(1), "duration",
         "First pause after ENOBUFS, which polling cannot wait for; doubles up to the next.";
     nobuf_backoff_max: Duration = ms(16), ms(1)..=s(10), "duration",

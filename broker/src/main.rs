@@ -20,6 +20,8 @@ mod stats;
 mod timers;
 mod transport;
 mod upstream;
+mod waiting;
+mod window;
 
 use std::process::ExitCode;
 

@@ -17,6 +17,10 @@ use slotmap::{Key, KeyData, SlotMap, new_key_type};
 
 use crate::config::EVENTS_MAX;
 
+/// What is asked of a source or connection.
+const WATCHED: EventFlags =
+    EventFlags::IN.union(EventFlags::OUT).union(EventFlags::RDHUP).union(EventFlags::ET);
+
 new_key_type! {
     /// One registration.
     pub struct Token;
@@ -79,12 +83,24 @@ impl<T: Copy> Poller<T> {
 
     /// Watches a descriptor for reading and writing, by edges.
     pub fn watch(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
-        self.add(fd, target, EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET)
+        self.add(fd, target, WATCHED)
     }
 
     /// Watches a listener, by level: it stays readable while somebody waits.
     pub fn watch_listener(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
         self.add(fd, target, EventFlags::IN)
+    }
+
+    /// Watches an eventfd that nobody reads, by edges: one event per write (E6c).
+    pub fn watch_doorbell(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
+        self.add(fd, target, EventFlags::IN | EventFlags::ET)
+    }
+
+    /// Stops or resumes watching a source, which stays registered. Once resumed, what it holds
+    /// already is reported.
+    pub fn set_watched(&self, fd: impl AsFd, token: Token, is_watched: bool) {
+        let flags = if is_watched { WATCHED } else { EventFlags::empty() };
+        self.modify(fd, token, flags);
     }
 
     fn add(&mut self, fd: impl AsFd, target: T, flags: EventFlags) -> Result<Token, Errno> {
@@ -102,9 +118,14 @@ impl<T: Copy> Poller<T> {
     /// Stops or resumes watching a listener.
     pub fn set_listening(&self, fd: impl AsFd, token: Token, is_listening: bool) {
         let flags = if is_listening { EventFlags::IN } else { EventFlags::empty() };
+        self.modify(fd, token, flags);
+    }
+
+    fn modify(&self, fd: impl AsFd, token: Token, flags: EventFlags) {
         let data = EventData::new_u64(token.data().as_ffi());
+        // Fails only if the descriptor was never added.
         if let Err(error) = modify(&self.epoll, fd, data, flags) {
-            tracing::error!(%error, "a listener could not be paused or resumed");
+            tracing::error!(%error, "a descriptor could not be paused or resumed");
         }
     }
 

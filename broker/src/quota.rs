@@ -17,6 +17,8 @@ pub enum Resource {
     QueuedBytes,
     /// Descriptors that were passed and not yet claimed or closed.
     Descriptors,
+    /// Shared memory of rings.
+    RingBytes,
 }
 
 /// The limits.
@@ -28,6 +30,8 @@ pub struct QuotaLimits {
     pub queued_bytes_max: usize,
     /// Descriptors in flight per user.
     pub descriptors_max: usize,
+    /// Shared memory per user.
+    pub ring_bytes_max: usize,
 }
 
 /// The accounts of all users.
@@ -47,6 +51,7 @@ struct Account {
     sessions: usize,
     queued_bytes: usize,
     descriptors: usize,
+    ring_bytes: usize,
 }
 
 impl Account {
@@ -55,11 +60,13 @@ impl Account {
             Resource::Sessions => &mut self.sessions,
             Resource::QueuedBytes => &mut self.queued_bytes,
             Resource::Descriptors => &mut self.descriptors,
+            Resource::RingBytes => &mut self.ring_bytes,
         }
     }
 
     fn is_empty(&self) -> bool {
-        self.sessions == 0 && self.queued_bytes == 0 && self.descriptors == 0
+        let Account { sessions, queued_bytes, descriptors, ring_bytes } = self;
+        [*sessions, *queued_bytes, *descriptors, *ring_bytes] == [0; 4]
     }
 }
 
@@ -94,6 +101,7 @@ impl Book {
             }
             Resource::QueuedBytes => self.limits.queued_bytes_max,
             Resource::Descriptors => self.limits.descriptors_max,
+            Resource::RingBytes => self.limits.ring_bytes_max,
         }
     }
 
@@ -157,7 +165,12 @@ mod tests {
     use proptest::prelude::*;
 
     fn quotas() -> Quotas {
-        Quotas::new(QuotaLimits { sessions_max: 10, queued_bytes_max: 100, descriptors_max: 4 })
+        Quotas::new(QuotaLimits {
+            sessions_max: 10,
+            queued_bytes_max: 100,
+            descriptors_max: 4,
+            ring_bytes_max: 100,
+        })
     }
 
     #[test]

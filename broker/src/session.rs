@@ -33,6 +33,8 @@ pub enum Transport {
     Pipe,
     /// A passed end of a socketpair.
     Socketpair,
+    /// A pair of rings, beside the client socket.
+    Ring,
 }
 
 impl Transport {
@@ -43,6 +45,7 @@ impl Transport {
             Transport::Fifo => "fifo",
             Transport::Pipe => "pipe",
             Transport::Socketpair => "socketpair",
+            Transport::Ring => "ring",
         }
     }
 }
@@ -100,7 +103,8 @@ enum Phase {
 
 #[derive(Debug)]
 struct Handle {
-    upstream: usize,
+    /// None: it was opened at another broker, and this one has no such upstream.
+    upstream: Option<usize>,
     ledger: Ledger,
     flushes: VecDeque<Flush>,
 }
@@ -145,7 +149,7 @@ impl Session {
         upstream: usize,
     ) -> Self {
         let mut session = Session::new(id, peer, transport, limits, Phase::Open);
-        session.handles.push(Handle::new(upstream));
+        session.handles.push(Handle::new(Some(upstream)));
         session
     }
 
@@ -173,7 +177,7 @@ impl Session {
 
     /// The upstream that a handle names.
     pub fn upstream(&self, handle: u16) -> Option<usize> {
-        self.handles.get(usize::from(handle)).map(|handle| handle.upstream)
+        self.handles.get(usize::from(handle)).and_then(|handle| handle.upstream)
     }
 
     /// How many requests are in flight.
@@ -238,15 +242,30 @@ impl Session {
 
     /// Opens an upstream; the handle that frames name from now on.
     pub fn open(&mut self, upstream: usize) -> Result<u16, Reason> {
-        let known = self.handles.iter().position(|handle| handle.upstream == upstream);
+        let known = self.handles.iter().position(|handle| handle.upstream == Some(upstream));
         let at = known.unwrap_or(self.handles.len());
         if at >= HANDLES_MAX {
             return Err(Reason::Quota);
         }
         if known.is_none() {
-            self.handles.push(Handle::new(upstream));
+            self.handles.push(Handle::new(Some(upstream)));
         }
         u16::try_from(at).map_err(|_| Reason::Quota)
+    }
+
+    /// Opens the next handle of a session with an earlier broker, whether there is still such an
+    /// upstream or not.
+    pub fn reopen(&mut self, upstream: Option<usize>) -> Result<(), Reason> {
+        if self.handles.len() >= HANDLES_MAX {
+            return Err(Reason::Quota);
+        }
+        self.handles.push(Handle::new(upstream));
+        Ok(())
+    }
+
+    /// It speaks through a pair of rings from now on.
+    pub fn handle_ring(&mut self) {
+        self.transport = Transport::Ring;
     }
 
     /// Whether one more request may be made under this id.
@@ -319,7 +338,7 @@ impl Session {
 
     /// Some accepted messages to `upstream` have their outcome.
     pub fn handle_settled(&mut self, upstream: usize, settled: Settled, messages: u64) {
-        let handle = self.handles.iter_mut().find(|handle| handle.upstream == upstream);
+        let handle = self.handles.iter_mut().find(|handle| handle.upstream == Some(upstream));
         if let Some(handle) = handle {
             handle.ledger.settle(settled, messages);
             handle.complete_flushes(&mut self.actions);
@@ -357,7 +376,7 @@ impl Session {
 }
 
 impl Handle {
-    fn new(upstream: usize) -> Self {
+    fn new(upstream: Option<usize>) -> Self {
         Handle { upstream, ledger: Ledger::default(), flushes: VecDeque::new() }
     }
 

@@ -95,6 +95,7 @@ impl Ledger {
             expired: self.expired,
             in_doubt: self.in_doubt,
             refused: self.refused.iter().collect(),
+            untold: 0,
         }
     }
 }

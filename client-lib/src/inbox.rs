@@ -208,6 +208,7 @@ impl Inbox {
             answer @ (BrokerMessage::Welcome { .. }
             | BrokerMessage::Opened { .. }
             | BrokerMessage::Flushed(_)
+            | BrokerMessage::RingOpened { .. }
             | BrokerMessage::Attached { .. }) => self.settle(id, Answer::Message(answer)),
         }
     }

@@ -634,6 +634,7 @@ fn since(totals: &Outcomes, earlier: &Outcomes) -> Outcomes {
         expired: totals.expired.saturating_sub(earlier.expired),
         in_doubt: totals.in_doubt.saturating_sub(earlier.in_doubt),
         refused: counts(&totals.refused, &earlier.refused),
+        untold: totals.untold.saturating_sub(earlier.untold),
     }
 }
 

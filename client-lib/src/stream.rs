@@ -89,7 +89,7 @@ impl FrameStream {
     ) -> io::Result<usize> {
         self.finish_torn()?;
         match descriptor {
-            Some(descriptor) => fd::send(&*self.socket, parts[0], descriptor),
+            Some(descriptor) => fd::send(&*self.socket, parts[0], &[descriptor]),
             None => send(&self.socket, parts),
         }
     }

@@ -52,17 +52,19 @@ pub fn receive(socket: impl AsFd, buffer: &mut [u8]) -> io::Result<Received> {
     Ok(Received { bytes: read.bytes, descriptors, is_excessive })
 }
 
-/// Sends `bytes` with one descriptor attached to the first of them, without blocking; returns how
-/// many bytes were taken. The descriptor went along if at least one was.
+/// Sends `bytes` with descriptors attached to the first of them, without blocking; returns how many
+/// bytes were taken. The descriptors went along if at least one was.
 ///
 /// # Errors
-/// As sendmsg(2), MSG_NOSIGNAL.
-pub fn send(socket: impl AsFd, bytes: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<usize> {
-    let descriptors = [descriptor];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+/// As sendmsg(2), MSG_NOSIGNAL; an error of the caller's own for more than
+/// [`DESCRIPTORS_PER_MESSAGE_MAX`].
+pub fn send(socket: impl AsFd, bytes: &[u8], descriptors: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    const SPACE: usize = rustix::cmsg_space!(ScmRights(DESCRIPTORS_PER_MESSAGE_MAX));
+    let mut space = [MaybeUninit::uninit(); SPACE];
     let mut control = SendAncillaryBuffer::new(&mut space);
-    if !control.push(SendAncillaryMessage::ScmRights(&descriptors)) {
-        return Err(io::Error::other("no room for one descriptor"));
+    if !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        let text = format!("{} descriptors are too many for one message", descriptors.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
     }
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     Ok(sendmsg(socket, &[IoSlice::new(bytes)], &mut control, flags)?)
@@ -78,7 +80,7 @@ mod tests {
     fn a_passed_descriptor_is_the_same_open_file() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
-        assert_eq!(send(&ours, b"x", writer.as_fd()).unwrap(), 1);
+        assert_eq!(send(&ours, b"x", &[writer.as_fd()]).unwrap(), 1);
         drop(writer);
         let mut buffer = [0; 16];
         let mut received = receive(&theirs, &mut buffer).unwrap();

@@ -33,6 +33,23 @@ pub enum ClientMessage {
         /// What the descriptor is.
         attachment: Attachment,
     },
+    /// Asks for a pair of rings ([`crate::ring`]) before any upstream is opened; from the answer on
+    /// every frame of the session but `Attach` goes through them. Answered by
+    /// [`BrokerMessage::RingOpened`] with two descriptors: the memory and the doorbell.
+    OpenRing {
+        /// Bytes of each ring: a power of two.
+        bytes: u64,
+    },
+    /// Hands over the pair of rings of a session with a broker that has ended: the memory is
+    /// attached to this frame. What was not touched is taken as if it came now. Answered by
+    /// [`BrokerMessage::RingOpened`] with one descriptor: the doorbell.
+    ResumeRing {
+        /// Bytes of each ring, as they were asked for.
+        bytes: u64,
+        /// The names or URLs of the upstreams that were open, in the order of their handles. One
+        /// that there is no more keeps its handle, and what is sent to it is refused.
+        upstreams: Vec<String>,
+    },
 }
 
 /// What kind of descriptor a client hands over.
@@ -91,10 +108,15 @@ pub enum BrokerMessage {
         /// taken.
         upstreams: Vec<(u16, Outcomes)>,
     },
+    /// Answers `OpenRing` and `ResumeRing`.
+    RingOpened {
+        /// How often the pair was attached to a broker.
+        epoch: u64,
+    },
 }
 
 /// What became of the one-way messages of a session to one upstream, as totals since the upstream
-/// was opened: `accepted = sent + dropped + expired + queued`.
+/// was opened: `accepted = sent + dropped + expired + untold + queued`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcomes {
     /// Taken by the broker.
@@ -109,6 +131,9 @@ pub struct Outcomes {
     pub in_doubt: u64,
     /// Never taken, by reason.
     pub refused: Vec<(Reason, u64)>,
+    /// Taken by a broker that ended before it told what became of them, though not all of them can
+    /// have been sent. Counted by the client library, for a ring that outlived its broker.
+    pub untold: u64,
 }
 
 impl Outcomes {
@@ -127,7 +152,8 @@ impl Outcomes {
     /// Accepted messages without an outcome yet.
     #[must_use]
     pub fn queued(&self) -> u64 {
-        self.accepted.saturating_sub(self.sent + self.dropped_total() + self.expired)
+        let told = self.sent + self.dropped_total() + self.expired;
+        self.accepted.saturating_sub(told + self.untold)
     }
 }
 
@@ -208,8 +234,9 @@ mod tests {
             expired: 1,
             in_doubt: 1,
             refused: vec![(Reason::TooLong, 4)],
+            untold: 1,
         };
-        assert_eq!(outcomes.queued(), 1);
+        assert_eq!(outcomes.queued(), 0);
         let message = BrokerMessage::Detached { session: 9, reason: Reason::EndOfInput, outcomes };
         assert_eq!(decode::<BrokerMessage>(&encode(&message).unwrap()), Ok(message));
     }

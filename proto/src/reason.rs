@@ -96,6 +96,10 @@ reasons! {
     ReadError "read_error" "the session's descriptor could not be read";
     Drained "drained" "the broker shut down after it had sent everything";
     Internal "internal" "the broker made a mistake; please report it";
+    // A ring.
+    BadRing "bad_ring" "the passed memory is not a ring of this release";
+    RingAttached "ring_attached" "the ring is attached to a session already";
+    RingCorrupt "ring_corrupt" "what stands in the client's ring does not make sense";
 }
 
 impl Reason {

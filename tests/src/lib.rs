@@ -8,6 +8,7 @@
 //! | [`limits`] | the descriptor limit of the test process |
 //! | [`peers`] | upstreams: echoes, sinks, rude and silent ones |
 //! | [`raw`] | a client that speaks the protocol as badly as a test wants |
+//! | [`raw_ring`] | the same through rings, every word of which it can forge |
 //! | [`udp_table`] | what the kernel says of its UDP sockets |
 //!
 //! Nothing here knows the client library, so a fault of the library cannot hide one of the broker.
@@ -22,6 +23,7 @@ pub mod deadline;
 pub mod limits;
 pub mod peers;
 pub mod raw;
+pub mod raw_ring;
 pub mod udp_table;
 
 pub use broker::Broker;

@@ -11,6 +11,7 @@ use poolbroker_proto::message::{
     Attachment, BrokerMessage, ClientMessage, Failure, Outcomes, decode, encode,
 };
 use poolbroker_proto::reason::Reason;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use crate::deadline::PATIENCE;
@@ -329,6 +330,15 @@ impl RawClient {
     /// When it does not close it.
     pub fn until_closed(&mut self) -> Vec<OwnedFrame> {
         std::iter::from_fn(|| self.next_frame()).collect()
+    }
+}
+
+impl RawClient {
+    /// Whether the broker has closed the connection, as far as it shows without reading.
+    pub fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(&self.socket, PollFlags::RDHUP)];
+        let looked = poll(&mut fds, Some(&Timespec::default()));
+        looked.is_ok() && !fds[0].revents().is_empty()
     }
 }
 

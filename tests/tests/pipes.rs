@@ -377,7 +377,7 @@ fn the_admin_socket_takes_no_descriptors() {
     for _ in 0..20 {
         let admin = UnixStream::connect(broker.runtime_dir().join("admin.sock")).unwrap();
         // The kernel refuses to pass it, or the broker throws it away.
-        let _ = poolbroker_proto::fd::send(&admin, b"status\n", reader.as_fd());
+        let _ = poolbroker_proto::fd::send(&admin, b"status\n", &[reader.as_fd()]);
     }
     broker.status();
     wait_for("every descriptor is closed", || (broker.fd_count() == before).then_some(()));

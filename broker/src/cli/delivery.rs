@@ -223,6 +223,7 @@ pub fn merge(into: &mut Outcomes, from: Outcomes) {
     into.sent += from.sent;
     into.expired += from.expired;
     into.in_doubt += from.in_doubt;
+    into.untold += from.untold;
     for (reason, count) in from.dropped {
         add(&mut into.dropped, reason, count);
     }
@@ -450,6 +451,7 @@ mod tests {
             expired: 1,
             in_doubt: 1,
             refused: vec![(Reason::TooLong, 1)],
+            untold: 1,
         };
         let mut sum = one();
         merge(&mut sum, one());

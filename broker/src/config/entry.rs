@@ -10,6 +10,8 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::BusyPoll;
+
 /// Why a configuration cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigError {
@@ -198,6 +200,26 @@ impl Setting for Duration {
 
     fn show(&self) -> String {
         humantime::format_duration(*self).to_string().replace(' ', "")
+    }
+}
+
+impl Setting for BusyPoll {
+    fn read(value: &DeValue<'_>) -> Result<Self, String> {
+        match value.as_str() {
+            Some("off") => Ok(BusyPoll::Off),
+            Some("auto") => Ok(BusyPoll::Auto),
+            _ => Duration::read(value)
+                .map(BusyPoll::For)
+                .map_err(|_| expected("\"auto\", \"off\" or a duration like \"50us\"", value)),
+        }
+    }
+
+    fn show(&self) -> String {
+        match self {
+            BusyPoll::Off => "off".to_owned(),
+            BusyPoll::For(length) => length.show(),
+            BusyPoll::Auto => "auto".to_owned(),
+        }
     }
 }
 

@@ -131,6 +131,19 @@ pub const NAMES_TOLD_MAX: usize = 32;
 /// Lines of the log that may wait to be written; more are dropped (R10).
 pub const LOG_LINES_MAX: usize = 1_024;
 
+/// The average gap up to which a source is napped for rather than woken by: where two naps cost as
+/// much as one doorbell (`waiting.rs`).
+pub const STAY_GAP: Duration = ms(1);
+
+/// Naps without a message after which a source is asleep.
+pub const PATIENCE_NAPS: u32 = 4;
+
+/// The shortest nap: what a timer can hit.
+pub const NAP_MIN: Duration = Duration::from_micros(60);
+
+/// How long `busy_poll = "auto"` polls: half of what a wake-up takes.
+pub const POLL_MAX: Duration = Duration::from_micros(20);
+
 /// Units in which numbers of policy are written.
 pub(super) mod units {
     use std::time::Duration;

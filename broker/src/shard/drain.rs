@@ -37,6 +37,11 @@ impl Shard {
             if let Some(stream) = source.io.stream() {
                 stream.stop_reading();
             }
+            // What comes after this stays in the ring, for the next broker. One that is corrupt
+            // shows it when it is served.
+            if let Some(ring) = &mut source.ring {
+                let _ = ring.end_here();
+            }
             source.is_readable = true;
             self.sources.make_ready(id);
         }

@@ -10,10 +10,12 @@ use poolbroker_proto::message::{Attachment, BrokerMessage, Failure, Retry, encod
 use poolbroker_proto::reason::Reason;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::io::Errno;
+use rustix::pipe::fcntl_getpipe_size;
 
 use super::intake::Order;
 use super::sources::Source;
 use super::{ACCEPT_PAUSE, ACCEPTS_MAX, OpenFifo, Phase, Shard, Target};
+use crate::config::RECEIVE_BYTES;
 use crate::ids::SourceId;
 use crate::poller::Token;
 use crate::quota::Resource;
@@ -22,6 +24,7 @@ use crate::transport::Io;
 use crate::transport::pipe::Pipe;
 use crate::transport::unix::{self, Stream, UnixSocket};
 use crate::upstream::sockopt;
+use crate::waiting::Pace;
 
 impl Shard {
     pub(super) fn accept_clients(&mut self) {
@@ -138,10 +141,23 @@ impl Shard {
             reply_charge: None,
             descriptor_charge: None,
             scheduled_at: None,
+            ring: None,
+            doorbell: Token::default(),
+            ring_charges: Vec::new(),
+            ring_ends: None,
+            pace: None,
         }
     }
 
     fn add_source(&mut self, source: Source) -> Result<SourceId, (Errno, Box<Source>)> {
+        let mut source = source;
+        source.pace = match &source.io {
+            Io::Fifo(_) | Io::Pipe(_) => {
+                let capacity = fcntl_getpipe_size(&source.io).unwrap_or(RECEIVE_BYTES);
+                Some(Pace::new(self.now, capacity))
+            }
+            Io::Unix(_) | Io::Socketpair(_) => None,
+        };
         let id = self.sources.table.insert(source);
         let watched = self.poller.watch(&self.sources.table[id].io, Target::Source(id));
         match watched {
@@ -177,7 +193,17 @@ impl Shard {
     // Passed descriptors.
 
     pub(super) fn carry_out(&mut self, order: Order) {
-        let Order::Attach { source, correlation, upstream, attachment, descriptor } = order;
+        let (source, correlation, upstream, attachment, descriptor) = match order {
+            Order::Attach { source, correlation, upstream, attachment, descriptor } => {
+                (source, correlation, upstream, attachment, descriptor)
+            }
+            Order::OpenRing { source, correlation, capacity } => {
+                return self.open_ring(source, correlation, capacity);
+            }
+            Order::ResumeRing { source, correlation, capacity, upstreams, descriptor } => {
+                return self.resume_ring(source, correlation, capacity, &upstreams, descriptor);
+            }
+        };
         let answer = self.attach(source, upstream, attachment, descriptor);
         let Some(parent) = self.sources.table.get_mut(source) else {
             return;
@@ -310,7 +336,7 @@ fn wanted(attachment: Attachment) -> &'static str {
     }
 }
 
-fn refuse_client(stream: &mut Stream, reason: Reason, text: String) {
+pub(super) fn refuse_client(stream: &mut Stream, reason: Reason, text: String) {
     let failure = Failure { reason, retry: Retry::NotSent, text };
     let header = FrameHeader::new(Kind::Failure);
     if let Ok(body) = encode(&failure)

@@ -12,6 +12,7 @@ use poolbroker_proto::frame::{self, Deframer, Frame, Kind};
 use poolbroker_proto::framing::{Cut, Framing, Tail};
 use poolbroker_proto::message::{Attachment, BrokerMessage, ClientMessage, Failure, Retry, decode};
 use poolbroker_proto::reason::Reason;
+use poolbroker_proto::ring;
 
 use super::outlet::{Push, Upstream};
 use super::sources::{Source, Sources};
@@ -47,6 +48,8 @@ pub struct Desk<'a> {
     pub touched: &'a mut Vec<usize>,
     /// What needs the whole shard.
     pub orders: &'a mut Vec<Order>,
+    /// The body of a record that was copied out of a ring.
+    pub scratch: &'a mut Vec<u8>,
     /// The broker is shutting down.
     pub is_draining: bool,
 }
@@ -67,6 +70,28 @@ pub enum Order {
         /// The descriptor.
         descriptor: OwnedFd,
     },
+    /// Make a pair of rings.
+    OpenRing {
+        /// For whom.
+        source: SourceId,
+        /// What is answered.
+        correlation: u64,
+        /// Bytes of each ring.
+        capacity: usize,
+    },
+    /// Take over a pair of rings from an earlier broker.
+    ResumeRing {
+        /// From whom.
+        source: SourceId,
+        /// What is answered.
+        correlation: u64,
+        /// Bytes of each ring.
+        capacity: usize,
+        /// What its handles name; none: there is no such upstream any more.
+        upstreams: Vec<Option<usize>>,
+        /// The memory.
+        descriptor: OwnedFd,
+    },
 }
 
 /// How a source's turn ended.
@@ -75,8 +100,11 @@ pub enum Order {
 pub enum Served {
     /// There is more to do: another turn.
     Again,
-    /// Nothing to do until an event.
+    /// It is empty: nothing to do until an event.
     Idle,
+    /// It is not looked at until something else has happened, which makes it ready again: outcomes
+    /// of what was taken, or its client reads.
+    Held,
     /// An upstream's queue is full.
     Blocked {
         /// Which.
@@ -88,19 +116,18 @@ pub enum Served {
     Ended(Reason),
 }
 
-/// Where a one-way message goes, and whether it was cut from lines. Small enough for a register:
-/// it is passed along with every message.
+/// Where a one-way message goes. Small enough for a register: it is passed along with every
+/// message.
 #[derive(Debug, Clone, Copy)]
 struct Route {
     upstream: u32,
     handle: u16,
-    is_line: bool,
 }
 
 impl Route {
-    fn new(handle: u16, upstream: usize, is_line: bool) -> Self {
+    fn new(handle: u16, upstream: usize) -> Self {
         let upstream = u32::try_from(upstream).expect("each upstream has a pool in memory");
-        Route { upstream, handle, is_line }
+        Route { upstream, handle }
     }
 
     fn upstream(self) -> usize {
@@ -117,16 +144,14 @@ struct Taken {
     run: Option<Route>,
 }
 
-/// Serves one source for one turn.
-pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> Served {
-    if sources.is_overfull(id) {
-        return Served::Idle;
-    }
+/// Serves one source for one turn: how that ended, and how many bytes were taken.
+pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> (Served, usize) {
+    let is_overfull = sources.is_overfull(id);
     let Some(source) = sources.table.get_mut(id) else {
-        return Served::Idle;
+        return (Served::Held, 0);
     };
-    if source.ended.is_some() || source.is_blocked {
-        return Served::Idle;
+    if is_overfull || source.ended.is_some() || source.is_blocked {
+        return (Served::Held, 0);
     }
     let mut taken = Taken::default();
     let served = loop {
@@ -135,9 +160,13 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> Served
         {
             break Served::Again;
         }
-        let step = match source.cutter {
-            None => frame_step(desk, source, id, &mut taken),
-            Some(_) => cut_step(desk, source, id, &mut taken),
+        let step = match (&source.cutter, &source.ring) {
+            (Some(_), _) => cut_step(desk, source, id, &mut taken),
+            (None, None) => frame_step(desk, source, id, &mut taken),
+            (None, Some(_)) => match record_step(desk, source, id, &mut taken) {
+                Step::NeedsBytes => frame_step(desk, source, id, &mut taken),
+                step => step,
+            },
         };
         match step {
             Step::Next => {}
@@ -147,12 +176,17 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> Served
                     break Served::Ended(Reason::UnexpectedDescriptor);
                 }
                 Ok(false) => break Served::Idle,
+                Err(Served::Ended(reason)) if outlives_socket(source, reason) => {}
                 Err(served) => break served,
             },
             Step::Stop(served) => break served,
         }
     };
     accept(desk, &mut source.session, id, &mut taken);
+    if let Some(ring) = &source.ring {
+        // From here on upstreams may send it.
+        ring.mark_reading();
+    }
     let served = match served {
         Served::Ended(reason @ (Reason::EndOfInput | Reason::ClientGone | Reason::Drained)) => {
             end_of_input(desk, source, id, reason)
@@ -160,7 +194,22 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> Served
         served => served,
     };
     finish_turn(desk, source, served);
-    served
+    (served, taken.bytes)
+}
+
+/// Whether a source has a ring from which everything that is complete is still to be taken, now that
+/// its socket has ended in order.
+fn outlives_socket(source: &mut Source, reason: Reason) -> bool {
+    let is_in_order = matches!(reason, Reason::ClientGone | Reason::Drained);
+    match &mut source.ring {
+        Some(ring) if is_in_order && source.ring_ends.is_none() => {
+            // A ring that is corrupt shows it at the next look.
+            let _ = ring.end_here();
+            source.ring_ends = Some(reason);
+            true
+        }
+        _ => false,
+    }
 }
 
 /// Whether descriptors came with messages that take none.
@@ -246,30 +295,32 @@ fn charge_descriptors(source: &mut Source) -> Result<(), Served> {
     Ok(())
 }
 
-/// Hands one one-way message to its upstream. False: it must stay where it is.
+/// Hands one one-way message of `bytes` to its upstream by `stage`, and counts it if it has its
+/// outcome at once. [`Push::Full`]: it must stay where it is.
 fn push(
     desk: &mut Desk<'_>,
     session: &mut Session,
     id: SourceId,
     taken: &mut Taken,
     route: Route,
-    body: &[u8],
-) -> bool {
+    bytes: usize,
+    mut stage: impl FnMut(&mut Upstream) -> Push,
+) -> Push {
     let (handle, upstream) = (route.handle, route.upstream());
     if taken.run.is_some_and(|run| run.handle != handle) {
         accept(desk, session, id, taken);
     }
-    let mut pushed = desk.upstreams[upstream].push(body, route.is_line);
+    let mut pushed = stage(&mut desk.upstreams[upstream]);
     if pushed == Push::Dropped && taken.run.is_some() {
         // What this run staged has to be accepted before it can make room.
         accept(desk, session, id, taken);
-        pushed = desk.upstreams[upstream].push(body, route.is_line);
+        pushed = stage(&mut desk.upstreams[upstream]);
     }
     match pushed {
         Push::Staged => {
             taken.run.get_or_insert(route);
         }
-        Push::Full => return false,
+        Push::Full => return pushed,
         Push::Dropped => {
             let outlet = &mut desk.upstreams[upstream];
             drop_unqueued(outlet, session, handle, 1, Reason::QueueFull);
@@ -277,8 +328,8 @@ fn push(
         Push::Refused(reason) => session.handle_refused(Some(handle), reason),
     }
     taken.messages += 1;
-    taken.bytes += body.len();
-    true
+    taken.bytes += bytes;
+    pushed
 }
 
 /// Accepts messages that do not get into the queue of their upstream, and drops them.
@@ -331,6 +382,78 @@ fn accept(desk: &mut Desk<'_>, session: &mut Session, id: SourceId, taken: &mut 
     }
 }
 
+fn refuse_unknown(session: &mut Session, taken: &mut Taken, handle: u16, bytes: usize) {
+    session.handle_refused(Some(handle), Reason::UnknownUpstream);
+    taken.messages += 1;
+    taken.bytes += bytes;
+}
+
+// Records of a ring.
+
+fn record_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut Taken) -> Step {
+    let Source { session, ring: Some(ring), ring_ends, .. } = source else {
+        return Step::NeedsBytes;
+    };
+    // What is taken and not released is what a crash makes the next broker send again: one run.
+    if ring.window().unsettled() >= desk.limits.run_messages_max
+        || ring.window().bytes() >= desk.limits.run_bytes_max
+    {
+        return Step::Stop(Served::Held);
+    }
+    let record = match ring.peek() {
+        Ok(Some(record)) => record,
+        Ok(None) => match ring_ends {
+            Some(reason) => return Step::Stop(Served::Ended(*reason)),
+            None => return Step::NeedsBytes,
+        },
+        Err(corrupt) => {
+            tracing::debug!(session = session.id, %corrupt, "a send ring is corrupt");
+            session.handle_refused(None, Reason::RingCorrupt);
+            return Step::Stop(Served::Ended(Reason::RingCorrupt));
+        }
+    };
+    let is_touched = ring.is_touched();
+    match record.header.kind {
+        Kind::Send => {
+            let handle = record.header.upstream;
+            let Some(upstream) = session.upstream(handle) else {
+                refuse_unknown(session, taken, handle, record.body_bytes);
+                ring.take_settled(&record, true);
+                return Step::Next;
+            };
+            let stage = |outlet: &mut Upstream| {
+                outlet.push_copied(record.body_bytes, |out| ring.copy_body(&record, out))
+            };
+            let route = Route::new(handle, upstream);
+            match push(desk, session, id, taken, route, record.body_bytes, stage) {
+                Push::Staged => {
+                    ring.take(&record, upstream);
+                    desk.upstreams[upstream].count_redelivered(u64::from(is_touched));
+                }
+                Push::Full => return Step::Stop(Served::Blocked { upstream }),
+                Push::Dropped | Push::Refused(_) => ring.take_settled(&record, true),
+            }
+            Step::Next
+        }
+        // Never repeated; the client itself knows that they may have been carried out.
+        Kind::Request | Kind::Control if is_touched => {
+            ring.take_settled(&record, false);
+            Step::Next
+        }
+        Kind::Request | Kind::Control | Kind::Hello | Kind::Reply | Kind::Failure => {
+            let mut body = std::mem::take(desk.scratch);
+            body.clear();
+            ring.copy_body(&record, &mut body);
+            ring.take_settled(&record, false);
+            let frame =
+                Frame { header: record.header, body: &body, frame_bytes: record.ring_bytes };
+            let step = handle_frame(desk, source, id, taken, frame);
+            *desk.scratch = body;
+            step.unwrap_or_else(|violation| end_for(source, violation))
+        }
+    }
+}
+
 // Frames.
 
 fn frame_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut Taken) -> Step {
@@ -356,13 +479,16 @@ fn frame_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mu
             }
             step
         }
-        Err((reason, text)) => {
-            source.session.handle_refused(None, reason);
-            let failure = Failure { reason, retry: Retry::NotSent, text };
-            source.tell_control(Kind::Failure, 0, &failure);
-            Step::Stop(Served::Ended(reason))
-        }
+        Err(violation) => end_for(source, violation),
     }
+}
+
+/// Tells a client why its session ends.
+fn end_for(source: &mut Source, (reason, text): Violation) -> Step {
+    source.session.handle_refused(None, reason);
+    let failure = Failure { reason, retry: Retry::NotSent, text };
+    source.tell_control(Kind::Failure, 0, &failure);
+    Step::Stop(Served::Ended(reason))
 }
 
 /// An error of the client that ends its session, with the words it is told.
@@ -382,13 +508,13 @@ fn handle_frame(
     match header.kind {
         Kind::Send => {
             let Some(upstream) = source.session.upstream(header.upstream) else {
-                source.session.handle_refused(None, Reason::UnknownUpstream);
-                taken.messages += 1;
-                taken.bytes += frame.body.len();
+                refuse_unknown(&mut source.session, taken, header.upstream, frame.body.len());
                 return Ok(Step::Next);
             };
-            let route = Route::new(header.upstream, upstream, false);
-            if !push(desk, &mut source.session, id, taken, route, frame.body) {
+            let route = Route::new(header.upstream, upstream);
+            let stage = |outlet: &mut Upstream| outlet.push(frame.body, false);
+            let bytes = frame.body.len();
+            if push(desk, &mut source.session, id, taken, route, bytes, stage) == Push::Full {
                 return Ok(Step::Stop(Served::Blocked { upstream }));
             }
         }
@@ -496,6 +622,14 @@ fn handle_control(
             }
             attach(desk, source, id, &frame, attachment)
         }
+        ClientMessage::OpenRing { bytes } => ring_capacity(source, bytes).map(|capacity| {
+            let correlation = header.correlation;
+            desk.orders.push(Order::OpenRing { source: id, correlation, capacity });
+            None
+        }),
+        ClientMessage::ResumeRing { bytes, upstreams } => {
+            resume_ring(desk, source, id, header.correlation, bytes, &upstreams)
+        }
     };
     match answered {
         Ok(Some(answer)) => source.tell_control(Kind::Control, header.correlation, &answer),
@@ -511,7 +645,55 @@ fn handle_control(
 /// An answer, none yet, or a refusal with its words.
 type Answer = Result<Option<BrokerMessage>, (Reason, String)>;
 
+fn ring_capacity(source: &Source, bytes: u64) -> Result<usize, (Reason, String)> {
+    let reason = Reason::BadRing;
+    if source.ring.is_some() {
+        return Err((reason, format!("{reason}: this session has its rings already")));
+    }
+    let capacity = usize::try_from(bytes).ok().filter(|bytes| {
+        bytes.is_power_of_two() && (ring::CAPACITY_MIN..=ring::CAPACITY_MAX).contains(bytes)
+    });
+    capacity.ok_or_else(|| {
+        let (least, most) = (ring::CAPACITY_MIN, ring::CAPACITY_MAX);
+        let text = format!("{reason}: {bytes} bytes are no power of two from {least} to {most}");
+        (reason, text)
+    })
+}
+
+fn resume_ring(
+    desk: &mut Desk<'_>,
+    source: &mut Source,
+    id: SourceId,
+    correlation: u64,
+    bytes: u64,
+    names: &[String],
+) -> Answer {
+    let capacity = ring_capacity(source, bytes)?;
+    let Io::Unix(socket) = &mut source.io else {
+        return Err((Reason::Internal, "only a client socket passes descriptors".into()));
+    };
+    let Some(descriptor) = socket.claim_descriptor() else {
+        let reason = Reason::DescriptorMissing;
+        return Err((reason, reason.to_string()));
+    };
+    let mut upstreams = Vec::new();
+    for name in names.iter().take(HANDLES_MAX) {
+        let is_name = check_upstream_name(name).is_ok();
+        let found = if is_name { find(desk, name) } else { find_by_url(desk, name) };
+        upstreams.push(found.ok());
+    }
+    let order = Order::ResumeRing { source: id, correlation, capacity, upstreams, descriptor };
+    desk.orders.push(order);
+    Ok(None)
+}
+
 fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
+    let upstream = find(desk, name)?;
+    opened(desk, source, upstream)
+}
+
+/// A configured upstream.
+fn find(desk: &Desk<'_>, name: &str) -> Result<usize, (Reason, String)> {
     let found = desk.upstreams.iter().position(|upstream| upstream.config.name == name);
     let Some(upstream) = found.filter(|_| check_upstream_name(name).is_ok()) else {
         let names: Vec<_> = desk
@@ -528,7 +710,7 @@ fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
         let name = name.chars().take(CLIENT_TEXT_CHARS_MAX).collect::<String>();
         return Err((Reason::UnknownUpstream, format!("unknown upstream {name:?}; {known}")));
     };
-    opened(desk, source, upstream)
+    Ok(upstream)
 }
 
 fn opened(desk: &Desk<'_>, source: &mut Source, upstream: usize) -> Answer {
@@ -544,6 +726,12 @@ fn opened(desk: &Desk<'_>, source: &mut Source, upstream: usize) -> Answer {
 }
 
 fn open_url(desk: &mut Desk<'_>, source: &mut Source, url: &str) -> Answer {
+    let upstream = find_by_url(desk, url)?;
+    opened(desk, source, upstream)
+}
+
+/// An upstream of that URL, added if there is none and the policy allows it.
+fn find_by_url(desk: &mut Desk<'_>, url: &str) -> Result<usize, (Reason, String)> {
     let url: UpstreamUrl = url.parse().map_err(|error| (Reason::InvalidUrl, format!("{error}")))?;
     let not_allowed = |why: String| (Reason::NotAllowed, format!("{url} cannot be opened: {why}"));
     let Host::Ip(address) = &url.host else {
@@ -557,7 +745,7 @@ fn open_url(desk: &mut Desk<'_>, source: &mut Source, url: &str) -> Answer {
     let name = url.to_string();
     let found = desk.upstreams.iter().position(|upstream| upstream.config.name == name);
     if let Some(upstream) = found {
-        return opened(desk, source, upstream);
+        return Ok(upstream);
     }
     let dynamic = desk
         .upstreams
@@ -577,7 +765,7 @@ fn open_url(desk: &mut Desk<'_>, source: &mut Source, url: &str) -> Answer {
     let mut upstream = Upstream::new(index, config, desk.limits, index as u64);
     upstream.pool.handle_resolved(desk.now, vec![remote]);
     desk.upstreams.push(upstream);
-    opened(desk, source, index)
+    Ok(index)
 }
 
 fn attach(
@@ -639,8 +827,10 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
                 *awaits_reply = true;
                 desk.touched.push(upstream);
             } else {
-                let route = Route::new(0, upstream, *framing == Framing::Lines);
-                if !push(desk, session, id, taken, route, body) {
+                let is_line = *framing == Framing::Lines;
+                let route = Route::new(0, upstream);
+                let stage = |outlet: &mut Upstream| outlet.push(body, is_line);
+                if push(desk, session, id, taken, route, body.len(), stage) == Push::Full {
                     return Step::Stop(Served::Blocked { upstream });
                 }
             }
@@ -674,8 +864,9 @@ fn end_of_input(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, reason: 
         (Tail::Message(body), Some(upstream)) if matches!(io, Io::Pipe(_)) => {
             let mut taken = Taken::default();
             let body = &buffer.unread()[body];
-            let route = Route::new(0, upstream, false);
-            if !push(desk, session, id, &mut taken, route, body) {
+            let route = Route::new(0, upstream);
+            let stage = |outlet: &mut Upstream| outlet.push(body, false);
+            if push(desk, session, id, &mut taken, route, body.len(), stage) == Push::Full {
                 // The end will be read again.
                 source.is_readable = true;
                 return Served::Blocked { upstream };

@@ -13,10 +13,13 @@
 mod drain;
 mod entrance;
 mod intake;
+mod naps;
 mod outlet;
+mod rings;
 mod sources;
 
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -28,6 +31,7 @@ use poolbroker_proto::framing::{Cutter, Framing};
 use poolbroker_proto::message::BrokerMessage;
 use poolbroker_proto::reason::Reason;
 use rustix::io::Errno;
+use rustix::thread::set_current_timer_slack;
 
 use self::intake::{Desk, Order, Served};
 use self::outlet::{Context, Upstream};
@@ -47,6 +51,7 @@ use crate::stats::Tally;
 use crate::timers::Time;
 use crate::transport::Io;
 use crate::upstream::resolve::Resolver;
+use crate::waiting::Waiting;
 
 /// What another thread asks of the shard.
 #[derive(Debug)]
@@ -125,6 +130,8 @@ pub enum Target {
     Source(SourceId),
     /// The process behind a source, by pidfd.
     Process(SourceId),
+    /// The doorbell of a source's ring.
+    Doorbell(SourceId),
     /// A connection.
     Conn {
         /// Of this upstream.
@@ -185,6 +192,10 @@ pub struct Shard {
     orders: Vec<Order>,
     next_session_id: u64,
     discards_due_at: Time,
+    scratch: Vec<u8>,
+    waiting: Waiting,
+    /// Everything awake was looked at since the loop last planned to wait.
+    has_looked: bool,
     phase: Phase,
     given_up: u64,
 }
@@ -201,7 +212,10 @@ impl Shard {
             sessions_max: parts.descriptors_max * percent / 100,
             queued_bytes_max: config.broker.queued_bytes_max_per_uid,
             descriptors_max: config.broker.descriptors_in_flight_max_per_uid,
+            ring_bytes_max: config.broker.ring_bytes_max_per_uid,
         });
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        let waiting = Waiting::new(config.broker.busy_poll, processors);
         let seed = u64::from(std::process::id());
         let mut upstreams = Vec::new();
         for (index, upstream) in config.upstreams.into_iter().enumerate() {
@@ -241,6 +255,9 @@ impl Shard {
             orders: Vec::new(),
             next_session_id: 1,
             discards_due_at: Time::default() + DISCARD_INTERVAL,
+            scratch: Vec::new(),
+            waiting,
+            has_looked: false,
             phase: Phase::Running,
             given_up: 0,
         };
@@ -253,11 +270,14 @@ impl Shard {
 
     /// Runs until the shard was told to end and has done so.
     pub fn run(mut self) -> Result<Ending, Errno> {
+        // A nap is to end when it says, not 50 us later (prctl(2), PR_SET_TIMERSLACK).
+        set_current_timer_slack(NonZeroU64::new(1))?;
         loop {
             let timeout = self.timeout();
             self.poller.wait(timeout)?;
             self.now = Time::from_start(self.started.elapsed());
             self.handle_events();
+            self.look();
             self.handle_deadlines();
             self.serve_ready();
             self.work();
@@ -283,7 +303,7 @@ impl Shard {
 
     // One turn.
 
-    fn timeout(&self) -> Option<Duration> {
+    fn timeout(&mut self) -> Option<Duration> {
         if self.sources.ready_count() > 0 || self.upstreams.iter().any(Upstream::has_work) {
             return Some(Duration::ZERO);
         }
@@ -294,6 +314,10 @@ impl Shard {
             }
             Phase::Draining { is_last_pass: true, .. } => return Some(Duration::ZERO),
         };
+        let nap = match self.nap() {
+            Some(Duration::ZERO) => return Some(Duration::ZERO),
+            nap => nap.map(|nap| self.now + nap),
+        };
         let starved = self.sources.has_starved().then(|| self.now + STARVED_PAUSE);
         let next = self
             .upstreams
@@ -303,18 +327,22 @@ impl Shard {
             .chain(self.listener.resumes_at)
             .chain(drain)
             .chain(starved)
+            .chain(nap)
             .chain([self.discards_due_at])
             .min()?;
         Some(next.since(self.now))
     }
 
     fn handle_events(&mut self) {
+        let mut count = 0;
         while let Some((target, readiness)) = self.poller.pop_event() {
+            count += 1;
             match target {
                 Target::Listener => self.accept_clients(),
                 Target::Mailbox => self.handle_commands(),
                 Target::Source(id) => self.handle_source_event(id, readiness),
                 Target::Process(id) => self.handle_process_end(id),
+                Target::Doorbell(id) => self.handle_doorbell(id),
                 Target::Conn { upstream, conn } => {
                     let mut context = Context {
                         now: self.now,
@@ -325,6 +353,9 @@ impl Shard {
                     self.upstreams[upstream].handle_event(&mut context, conn, readiness);
                 }
             }
+        }
+        if count > 0 {
+            self.waiting.handle_events(self.now);
         }
     }
 
@@ -423,7 +454,15 @@ impl Shard {
     fn serve_ready(&mut self) {
         // Each ready source has a run; what is left of the turn goes round again.
         for _ in 0..self.sources.ready_count().max(RUNS_PER_TURN) {
-            let Some(id) = self.sources.pop_ready() else { return };
+            let id = match self.sources.pop_ready() {
+                Some(id) => id,
+                None => {
+                    // What was taken is sent, which may let rings go on.
+                    self.work();
+                    let Some(id) = self.sources.pop_ready() else { return };
+                    id
+                }
+            };
             let mut desk = Desk {
                 now: self.now,
                 upstreams: &mut self.upstreams,
@@ -434,11 +473,17 @@ impl Shard {
                 deframer: self.deframer,
                 touched: &mut self.touched,
                 orders: &mut self.orders,
+                scratch: &mut self.scratch,
                 is_draining: self.phase != Phase::Running,
             };
-            match intake::serve(&mut desk, &mut self.sources, id) {
+            let (served, bytes) = intake::serve(&mut desk, &mut self.sources, id);
+            if bytes > 0 {
+                self.note_found(id, bytes);
+            }
+            match served {
                 Served::Again => self.sources.make_ready(id),
-                Served::Idle => {}
+                Served::Idle => self.rest(id),
+                Served::Held => {}
                 Served::Blocked { upstream } => {
                     if let Some(source) = self.sources.table.get_mut(id) {
                         source.is_blocked = true;
@@ -518,8 +563,20 @@ impl Shard {
             let goodbye = BrokerMessage::Goodbye { reason: Reason::ShuttingDown, upstreams };
             source.tell_control(Kind::Control, 0, &goodbye);
         }
-        if let Some(stream) = source.io.stream_mut() {
-            let _ = stream.flush();
+        match &source.ring {
+            // The reason itself goes by the socket.
+            Some(_) if reason == Reason::RingCorrupt => {
+                if let Some(stream) = source.io.stream_mut() {
+                    stream.discard();
+                    entrance::refuse_client(stream, reason, reason.to_string());
+                }
+            }
+            Some(_) | None => {
+                let _ = source.flush();
+            }
+        }
+        if let Some(ring) = source.ring.take() {
+            self.poller.unwatch(ring.doorbell(), source.doorbell);
         }
         self.poller.unwatch(&source.io, source.token);
         if let Some((pidfd, token)) = self.pidfds.remove(id) {

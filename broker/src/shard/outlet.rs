@@ -66,6 +66,7 @@ pub struct Upstream {
     pub pool: Pool,
     index: usize,
     send_buffer: SendBuffer,
+    scratch: Vec<u8>,
     sockets: SecondaryMap<ConnId, Socket>,
     bodies: SecondaryMap<RequestId, Body>,
     /// Sources that found the queue full.
@@ -78,6 +79,7 @@ pub struct Upstream {
     pause: Option<Pause>,
     nobuf_backoff: (Duration, Duration),
     icmp_refused: u64,
+    redelivered: u64,
 }
 
 /// ENOBUFS: nothing is sent until then.
@@ -146,6 +148,7 @@ impl Upstream {
             config,
             index,
             send_buffer: SendBuffer::default(),
+            scratch: Vec::new(),
             sockets: SecondaryMap::new(),
             bodies: SecondaryMap::new(),
             blocked: Vec::new(),
@@ -155,6 +158,7 @@ impl Upstream {
             pause: None,
             nobuf_backoff: (broker.nobuf_backoff_min, broker.nobuf_backoff_max),
             icmp_refused: 0,
+            redelivered: 0,
         }
     }
 
@@ -177,21 +181,46 @@ impl Upstream {
 
     /// Stages one one-way message; `is_line` says that it was cut from lines.
     pub fn push(&mut self, body: &[u8], is_line: bool) -> Push {
-        if body.is_empty() {
+        self.stage(body.len(), |framing, _, out| match is_line {
+            true => framing.encode_line(body, out),
+            false => framing.encode(body, out),
+        })
+    }
+
+    /// Stages one one-way message of `len` bytes that `copy` appends from memory that others write
+    /// to: checks run on the copy, and the copy is sent (M5).
+    pub fn push_copied(&mut self, len: usize, copy: impl Fn(&mut Vec<u8>)) -> Push {
+        self.stage(len, |framing, scratch, out| {
+            if framing == Framing::Raw {
+                copy(out);
+                return Ok(());
+            }
+            scratch.clear();
+            copy(scratch);
+            framing.encode(scratch, out)
+        })
+    }
+
+    fn stage(
+        &mut self,
+        len: usize,
+        encode: impl Fn(Framing, &mut Vec<u8>, &mut Vec<u8>) -> Result<(), Reason>,
+    ) -> Push {
+        if len == 0 {
             return Push::Refused(Reason::Empty);
         }
-        if body.len() > self.config.limits.message_bytes_max {
+        if len > self.config.limits.message_bytes_max {
             return Push::Refused(Reason::TooLong);
         }
         let framing = self.wire_framing();
-        let bytes = body.len() + framing.overhead_bytes();
+        let bytes = len + framing.overhead_bytes();
         if !self.pool.has_room(bytes) {
             match self.config.overflow {
                 Overflow::Block => return Push::Full,
                 Overflow::DropNewest => return Push::Dropped,
                 Overflow::DropOldest => {
                     // A message that never gets in drops nobody else's.
-                    if let Err(reason) = framing.encode(body, &mut Vec::new()) {
+                    if let Err(reason) = encode(framing, &mut self.scratch, &mut Vec::new()) {
                         return Push::Refused(reason);
                     }
                     while !self.pool.has_room(bytes) {
@@ -203,17 +232,18 @@ impl Upstream {
                 }
             }
         }
-        let appended = self.send_buffer.append(|out| match is_line {
-            true => framing.encode_line(body, out),
-            false => framing.encode(body, out),
-        });
-        match appended {
+        match self.send_buffer.append(|out| encode(framing, &mut self.scratch, out)) {
             Ok(bytes) => {
                 self.pool.stage(bytes);
                 Push::Staged
             }
             Err(reason) => Push::Refused(reason),
         }
+    }
+
+    /// `messages` of those accepted may have been sent by an earlier broker.
+    pub fn count_redelivered(&mut self, messages: u64) {
+        self.redelivered += messages;
     }
 
     /// Accepts the staged messages of `source`; how many they are.
@@ -383,7 +413,7 @@ impl Upstream {
             expired: pool.ledger.expired,
             queued: pool.queued(),
             in_doubt: pool.ledger.in_doubt,
-            redelivered: 0,
+            redelivered: self.redelivered,
             icmp_refused: self.icmp_refused,
             requests: pool.counts.requests,
             replied: pool.counts.replied,

@@ -24,7 +24,9 @@ use crate::snapshot::{SessionSnapshot, by_reason};
 use crate::stats::Settled;
 use crate::timers::{Deadlines, Time};
 use crate::transport::Io;
+use crate::transport::ring::Ring;
 use crate::transport::unix::Flushed;
+use crate::waiting::Pace;
 
 /// One source of messages.
 #[derive(Debug)]
@@ -69,6 +71,16 @@ pub struct Source {
     pub descriptor_charge: Option<Charge>,
     /// The deadline that is set for it.
     pub scheduled_at: Option<Time>,
+    /// The client's rings, through which it speaks once it has them.
+    pub ring: Option<Box<Ring>>,
+    /// Where the ring's doorbell is watched.
+    pub doorbell: Token,
+    /// Holds the ring's memory and descriptor.
+    pub ring_charges: Vec<Charge>,
+    /// The socket beside the ring has ended for this reason; what stands in the ring is still taken.
+    pub ring_ends: Option<Reason>,
+    /// How one-way messages come by it, where the loop may look by itself: rings, FIFOs, pipes.
+    pub pace: Option<Pace>,
 }
 
 impl Source {
@@ -76,6 +88,21 @@ impl Source {
     pub fn queued_bytes(&self) -> usize {
         let received = self.buffer.as_ref().map_or(0, |buffer| buffer.unread().len());
         received + self.io.stream().map_or(0, |stream| stream.pending_bytes())
+    }
+
+    /// Writes what it is to be told, as far as it reads.
+    pub fn flush(&mut self) -> Flushed {
+        let Some(stream) = self.io.stream_mut() else {
+            return Flushed::All;
+        };
+        match &mut self.ring {
+            None => stream.flush(),
+            Some(ring) => stream.flush_into(ring).unwrap_or_else(|corrupt| {
+                tracing::debug!(session = self.session.id, %corrupt, "a reply ring is corrupt");
+                self.ended = Some(Reason::RingCorrupt);
+                Flushed::All
+            }),
+        }
     }
 
     /// Appends a frame for the client; nothing on other media.
@@ -104,6 +131,8 @@ pub struct Sources {
     ready: VecDeque<SourceId>,
     due: Vec<SourceId>,
     starved: Vec<SourceId>,
+    /// Those that the loop looks at by itself.
+    pub awake: Vec<SourceId>,
     deadlines: Deadlines<SourceId>,
     reply_queue_bytes_max: usize,
 }
@@ -116,6 +145,7 @@ impl Sources {
             ready: VecDeque::new(),
             due: Vec::new(),
             starved: Vec::new(),
+            awake: Vec::new(),
             deadlines: Deadlines::new(),
             reply_queue_bytes_max,
         }
@@ -236,6 +266,7 @@ impl Sources {
     /// Removes a source from everything but the kernel.
     pub fn remove(&mut self, id: SourceId) -> Option<Source> {
         let source = self.table.remove(id)?;
+        self.awake.retain(|awake| *awake != id);
         if let Some(at) = source.scheduled_at {
             self.deadlines.remove(at, id);
         }
@@ -249,6 +280,15 @@ impl Sources {
         if let Some(source) = self.table.get_mut(id) {
             source.session.handle_settled(upstream, settled, messages);
             self.due.push(id);
+            let is_unsent = match settled {
+                Settled::Sent => false,
+                Settled::Dropped(_) | Settled::Expired => true,
+                Settled::InDoubt => return,
+            };
+            if let Some(ring) = &mut source.ring {
+                ring.settle(upstream, messages, is_unsent);
+                self.make_ready(id);
+            }
         }
     }
 
@@ -257,6 +297,9 @@ impl Sources {
     pub fn can_take(&mut self, owner: Owner, body: &[u8]) -> bool {
         let Some(source) = self.table.get_mut(owner.source) else { return false };
         let Some(stream) = source.io.stream() else { return false };
+        if source.ring.as_ref().is_some_and(|ring| body.len() > ring.body_bytes_max()) {
+            return false;
+        }
         let pending = stream.pending_bytes();
         // An empty queue takes any reply: the longest is message_bytes_max.
         if pending > 0 && pending + body.len() > 2 * self.reply_queue_bytes_max {
@@ -331,7 +374,7 @@ impl Sources {
             source.io.stream().is_some_and(|s| s.pending_bytes() > reply_queue_bytes_max)
         };
         let was_overfull = is_overfull(source);
-        let flushed = source.io.stream_mut().map_or(Flushed::All, |stream| stream.flush());
+        let flushed = source.flush();
         if flushed == Flushed::Gone {
             // Nobody reads replies any more; what was written before is still read to its end.
             source.is_hung_up = true;

@@ -3,6 +3,7 @@
 
 pub mod fifo;
 pub mod pipe;
+pub mod ring;
 pub mod unix;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};

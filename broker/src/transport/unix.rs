@@ -11,6 +11,8 @@ use nix::fcntl::AT_FDCWD;
 use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, umask};
 use nix::unistd::{Gid, chown};
 use poolbroker_proto::fd;
+use poolbroker_proto::frame::{FrameHeader, Kind};
+use poolbroker_proto::ring::Corrupt;
 use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{
     AddressFamily, SendFlags, Shutdown, SocketAddrAny, SocketAddrUnix, SocketFlags, SocketType,
@@ -19,6 +21,7 @@ use rustix::net::{
 };
 
 use super::Read;
+use super::ring::Ring;
 use crate::buffer::ReceiveBuffer;
 use crate::config::BACKLOG;
 use crate::upstream::sockopt as raw_sockopt;
@@ -175,18 +178,46 @@ impl Stream {
 
     /// Writes what the client takes now.
     pub fn flush(&mut self) -> Flushed {
+        let mut flushed = Flushed::All;
         while self.written < self.out.len() {
-            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-            match send(&self.socket, &self.out[self.written..], flags) {
+            match send_now(&self.socket, &self.out[self.written..]) {
                 Ok(bytes) => self.written += bytes,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    self.out.drain(..self.written);
-                    self.written = 0;
-                    return Flushed::WouldBlock;
+                    flushed = Flushed::WouldBlock;
+                    break;
                 }
                 Err(_) => return Flushed::Gone,
             }
+        }
+        self.tidy();
+        flushed
+    }
+
+    /// Writes likewise, but into the client's ring.
+    pub fn flush_into(&mut self, ring: &mut Ring) -> Result<Flushed, Corrupt> {
+        let had_bytes = !self.out.is_empty();
+        let flushed = ring.flush(&self.out, &mut self.written)?;
+        self.tidy();
+        if had_bytes && ring.take_nudge() {
+            let nudge = FrameHeader::new(Kind::Hello).encode(0);
+            // A socket that is full is readable, which is all that is to be achieved.
+            let _ = nudge.map(|nudge| send_now(&self.socket, &nudge));
+        }
+        Ok(flushed)
+    }
+
+    /// Writes a frame with descriptors, past everything else, which must have been written.
+    pub fn send_descriptors(&self, frame: &[u8], descriptors: &[BorrowedFd<'_>]) -> bool {
+        self.out.is_empty() && fd::send(&self.socket, frame, descriptors).ok() == Some(frame.len())
+    }
+
+    /// Drops what is written.
+    fn tidy(&mut self) {
+        if self.written < self.out.len() {
+            self.out.drain(..self.written);
+            self.written = 0;
+            return;
         }
         self.written = 0;
         // A burst must not pin its memory on an idle session.
@@ -195,7 +226,6 @@ impl Stream {
         } else {
             self.out.clear();
         }
-        Flushed::All
     }
 
     /// Forgets what the client will never read.
@@ -209,6 +239,10 @@ impl Stream {
     pub fn stop_reading(&self) {
         let _ = shutdown(&self.socket, Shutdown::Read);
     }
+}
+
+fn send_now(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
+    send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
 }
 
 impl AsFd for Stream {

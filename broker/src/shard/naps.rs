@@ -1,0 +1,112 @@
+//! Carries out the policy of [`crate::waiting`]: which sources are awake, and how the loop waits.
+
+use std::time::Duration;
+
+use poolbroker_proto::ring::Bell;
+
+use super::Shard;
+use super::sources::Source;
+use crate::ids::SourceId;
+use crate::transport::Io;
+use crate::waiting::Wait;
+
+impl Shard {
+    /// Something was taken from a source, which may be worth looking at from now on.
+    pub(super) fn note_found(&mut self, id: SourceId, bytes: usize) {
+        let Some(source) = self.sources.table.get_mut(id) else { return };
+        let Some(pace) = &mut source.pace else { return };
+        if pace.handle_found(self.now, bytes) {
+            self.sources.awake.push(id);
+            self.set_watched(id, false);
+        }
+    }
+
+    /// A source is empty: it stays awake, or is asleep and wakes the loop from now on.
+    pub(super) fn rest(&mut self, id: SourceId) {
+        let Some(source) = self.sources.table.get_mut(id) else { return };
+        let Some(pace) = &mut source.pace else { return };
+        let falls_asleep = pace.handle_empty(self.now, self.limits.delay_max);
+        if falls_asleep {
+            self.sources.awake.retain(|awake| *awake != id);
+            self.set_watched(id, true);
+        }
+        let Some(source) = self.sources.table.get_mut(id) else { return };
+        let is_awake = source.pace.as_ref().is_some_and(|pace| pace.is_awake());
+        if !is_awake && !is_armed(source, Bell::Everything) {
+            self.sources.make_ready(id);
+        }
+    }
+
+    /// Pipes and FIFOs that are awake do not wake the loop: each write would, at the cost of the
+    /// writer.
+    fn set_watched(&mut self, id: SourceId, is_watched: bool) {
+        if let Some(source) = self.sources.table.get(id) {
+            match source.io {
+                Io::Fifo(_) | Io::Pipe(_) => {
+                    self.poller.set_watched(&source.io, source.token, is_watched);
+                }
+                Io::Unix(_) | Io::Socketpair(_) => {}
+            }
+        }
+    }
+
+    /// Looks at everything that is awake, if it is time.
+    pub(super) fn look(&mut self) {
+        if self.sources.awake.is_empty() || !self.waiting.is_look_due(self.now) {
+            return;
+        }
+        self.has_looked = true;
+        for at in (0..self.sources.awake.len()).rev() {
+            let id = self.sources.awake[at];
+            let Some(source) = self.sources.table.get_mut(id) else { continue };
+            match source.ring.as_mut().map(|ring| ring.has_records()) {
+                Some(Ok(false)) => self.rest(id),
+                Some(Ok(true) | Err(_)) => self.sources.make_ready(id),
+                None => {
+                    source.is_readable = true;
+                    self.sources.make_ready(id);
+                }
+            }
+        }
+    }
+
+    /// How long to wait for events, if no deadline comes first and no work is left.
+    pub(super) fn nap(&mut self) -> Option<Duration> {
+        let has_awake = !self.sources.awake.is_empty();
+        if has_awake && std::mem::take(&mut self.has_looked) {
+            let naps = self
+                .sources
+                .awake
+                .iter()
+                .filter_map(|id| Some(self.sources.table.get(*id)?.pace.as_ref()?.nap()));
+            let nap = naps.min().unwrap_or(self.limits.delay_max).min(self.limits.delay_max);
+            self.waiting.handle_looked(self.now, nap);
+        }
+        match self.waiting.plan(self.now, has_awake) {
+            Wait::Poll => Some(Duration::ZERO),
+            Wait::Sleep => None,
+            Wait::Nap(nap) if self.arm_for_nap() => Some(nap),
+            Wait::Nap(_) => Some(Duration::ZERO),
+        }
+    }
+
+    /// Makes sure that what is urgent ends the nap; false if something is there already.
+    fn arm_for_nap(&mut self) -> bool {
+        let mut is_quiet = true;
+        for at in 0..self.sources.awake.len() {
+            let id = self.sources.awake[at];
+            let Some(source) = self.sources.table.get_mut(id) else { continue };
+            if !is_armed(source, Bell::Urgent) {
+                is_quiet = false;
+                self.sources.make_ready(id);
+            }
+        }
+        is_quiet
+    }
+}
+
+/// Sets the bell of a ring; false if there is a record already. Other sources have none.
+fn is_armed(source: &mut Source, bell: Bell) -> bool {
+    // A ring that is corrupt is to be served: that ends it.
+    source.ring.as_mut().is_none_or(|ring| ring.arm(bell).unwrap_or(false))
+}
