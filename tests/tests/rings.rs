@@ -249,6 +249,37 @@ fn at_sigterm_a_ring_is_taken_to_its_end_and_the_rest_waits_for_the_next_broker(
     assert!(messages.into_iter().eq((0..=5_000).map(|n: i32| n.to_string().into_bytes())));
 }
 
+#[test]
+fn a_client_that_streams_on_does_not_hold_up_the_end_and_loses_nothing() {
+    let sink = UdpSink::start();
+    let mut broker = Broker::start(&[format!("sink={}", sink.url_write_only())]);
+    let mut client = RawRing::connect(broker.runtime_dir());
+    let handle = client.open_upstream("sink");
+    let is_over = AtomicBool::new(false);
+    let mut sent = 0u64;
+    std::thread::scope(|scope| {
+        let stream = scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                let text = format!("{sent}");
+                match client.producer.push(&send_header(handle), text.as_bytes()) {
+                    Ok(()) => sent += 1,
+                    Err(_) => std::thread::yield_now(),
+                }
+                client.publish();
+            }
+        });
+        wait_for("the stream", || (sink.received_count() > 1_000).then_some(()));
+        assert!(broker.terminate().success(), "{}", broker.stderr());
+        is_over.store(true, Ordering::Relaxed);
+        stream.join().unwrap();
+    });
+    broker.restart();
+    client.reattach(broker.runtime_dir(), &["sink"]);
+    wait_for("the rest", || client.producer.is_drained().unwrap().then_some(()));
+    let messages = sink.wait_for(usize::try_from(sent).unwrap());
+    assert!(messages.into_iter().eq((0..sent).map(|number| number.to_string().into_bytes())));
+}
+
 /// K1, C18: eight clients stream while the broker is killed again and again.
 #[test]
 fn nothing_is_lost_when_the_broker_is_killed_under_streaming_rings() {
