@@ -49,6 +49,7 @@ pub enum Kind {
 }
 
 impl Kind {
+    #[inline]
     fn from_wire(value: u8) -> Option<Kind> {
         Some(match value {
             1 => Kind::Hello,
@@ -119,6 +120,7 @@ impl FrameHeader {
     }
 
     /// The header as words.
+    #[inline]
     pub(crate) fn words(&self, body_bytes: usize) -> Result<[u64; HEADER_WORDS], FrameError> {
         let length = u32::try_from(body_bytes).map_err(|_| FrameError::TooLong {
             bytes: body_bytes as u64,
@@ -130,6 +132,7 @@ impl FrameHeader {
     }
 
     /// The header that is written in words, and the length of its body.
+    #[inline]
     pub(crate) fn from_words(words: [u64; HEADER_WORDS]) -> Result<(Self, usize), FrameError> {
         let [first, correlation, last] = words;
         let [l0, l1, l2, l3, kind, reserved, u0, u1] = first.to_le_bytes();

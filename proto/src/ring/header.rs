@@ -11,8 +11,10 @@
 //! What one side writes lies 128 bytes from what the other side writes: processors fetch lines of
 //! 64 bytes in pairs. Fields have fixed widths, so 32-bit and 64-bit programs agree.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use super::CAPACITY_MAX;
 use super::memory::{Memory, Ordering, WORD};
 use super::semaphore::{SEMAPHORE_BYTES, Semaphore};
 
@@ -36,6 +38,9 @@ const UNSENT_AT: usize = NUDGE_AT + LINE;
 
 /// Bytes of the header: a page, so that the records begin on one.
 const HEADER_BYTES: usize = if cfg!(loom) { UNSENT_AT + LINE } else { 4096 };
+
+/// What rings can have, in bytes: half of one takes at least the header of a frame.
+const SIZES: RangeInclusive<usize> = 64..=CAPACITY_MAX;
 
 const _: () = assert!(UNSENT_AT + LINE <= HEADER_BYTES && SEMAPHORE_BYTES <= LINE);
 
@@ -146,8 +151,10 @@ impl Header {
             return Err(BadHeader::Version { found });
         }
         let (wanted, found) = (capacity as u64, read(CAPACITY_AT));
-        let fits = memory.bytes() == Header::region_bytes(capacity);
-        if found != wanted || !capacity.is_power_of_two() || !fits {
+        // What was announced is as foreign as what is found: nothing is computed from it before it
+        // is known to be a size.
+        let is_size = capacity.is_power_of_two() && SIZES.contains(&capacity);
+        if found != wanted || !is_size || memory.bytes() != Header::region_bytes(capacity) {
             return Err(BadHeader::Capacity { wanted, found });
         }
         Ok(Header { memory, capacity })

@@ -125,6 +125,7 @@ impl Memory {
     }
 
     /// The word `at` bytes from the start.
+    #[inline]
     pub(super) fn word(&self, at: usize) -> &AtomicU64 {
         let place = self.place(at, WORD).cast();
         // SAFETY: `place` lies inside the mapping for WORD bytes and is aligned to them; the
@@ -133,13 +134,39 @@ impl Memory {
     }
 
     /// The half word `at` bytes from the start, which is a multiple of a word's size.
+    #[inline]
     pub(super) fn half(&self, at: usize) -> &AtomicU32 {
         let place = self.place(at, WORD).cast();
         // SAFETY: as in `word`; a half word has half the size and alignment.
         unsafe { AtomicU32::from_ptr(place) }
     }
 
+    /// The words from `at` on.
+    #[inline]
+    pub(super) fn load<const WORDS: usize>(&self, at: usize) -> [u64; WORDS] {
+        let place = self.place(at, WORDS * WORD).cast::<u64>();
+        std::array::from_fn(|index| {
+            // SAFETY: `index` is less than `WORDS`, for which `place` was checked; see `word`.
+            let word = unsafe { AtomicU64::from_ptr(place.add(index)) };
+            // ORDER: relaxed; the acquire load that showed the position came before.
+            word.load(Ordering::Relaxed)
+        })
+    }
+
+    /// Stores words from `at` on.
+    #[inline]
+    pub(super) fn store<const WORDS: usize>(&self, at: usize, words: [u64; WORDS]) {
+        let place = self.place(at, WORDS * WORD).cast::<u64>();
+        for (index, value) in words.into_iter().enumerate() {
+            // SAFETY: `index` is less than `WORDS`, for which `place` was checked; see `word`.
+            let word = unsafe { AtomicU64::from_ptr(place.add(index)) };
+            // ORDER: relaxed; the release store that publishes the position comes after.
+            word.store(value, Ordering::Relaxed);
+        }
+    }
+
     /// Copies `bytes` to `at`; the last word is filled up with zeros.
+    #[inline]
     pub(super) fn copy_in(&self, at: usize, bytes: &[u8]) {
         let words = bytes.len().div_ceil(WORD);
         let place = self.place(at, words * WORD).cast::<u64>();
@@ -161,6 +188,7 @@ impl Memory {
     }
 
     /// Appends the `len` bytes at `at` to `out`.
+    #[inline]
     pub(super) fn copy_out(&self, at: usize, len: usize, out: &mut Vec<u8>) {
         let words = len.div_ceil(WORD);
         let place = self.place(at, words * WORD).cast::<u64>();
@@ -194,15 +222,23 @@ impl Memory {
         let _ = futex::wake(self.half(at), futex::Flags::empty(), 1);
     }
 
+    #[inline]
     fn place(&self, at: usize, bytes: usize) -> *mut u8 {
         let end = at.checked_add(bytes);
-        assert!(
-            at.is_multiple_of(WORD) && end.is_some_and(|end| end <= self.map.len()),
-            "{bytes} bytes at {at} lie outside of the region"
-        );
+        if !at.is_multiple_of(WORD) || end.is_none_or(|end| end > self.map.len()) {
+            outside(at, bytes);
+        }
         // SAFETY: `at` is at most the length of the mapping.
         unsafe { self.map.as_mut_ptr().add(at) }
     }
+}
+
+/// Apart from the check, which stands in every access.
+#[cold]
+#[inline(never)]
+#[allow(clippy::panic, reason = "positions are checked before: this is a defect of the ring")]
+fn outside(at: usize, bytes: usize) -> ! {
+    panic!("{bytes} bytes at {at} lie outside of the region")
 }
 
 /// A byte that a forked child finds wiped: the child shares every mapping and descriptor with its

@@ -75,6 +75,20 @@ impl Memory {
         self.word(at)
     }
 
+    /// The words from `at` on.
+    pub(super) fn load<const WORDS: usize>(&self, at: usize) -> [u64; WORDS] {
+        // ORDER: relaxed, as in the real one.
+        std::array::from_fn(|index| self.word(at + index * WORD).load(Ordering::Relaxed))
+    }
+
+    /// Stores words from `at` on.
+    pub(super) fn store<const WORDS: usize>(&self, at: usize, words: [u64; WORDS]) {
+        for (index, value) in words.into_iter().enumerate() {
+            // ORDER: relaxed, as in the real one.
+            self.word(at + index * WORD).store(value, Ordering::Relaxed);
+        }
+    }
+
     /// Copies `bytes` to `at`; the last word is filled up with zeros.
     pub(super) fn copy_in(&self, at: usize, bytes: &[u8]) {
         for (index, chunk) in bytes.chunks(WORD).enumerate() {

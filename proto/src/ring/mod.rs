@@ -40,7 +40,8 @@ mod memory;
 #[cfg(loom)]
 #[path = "memory_model.rs"]
 mod memory;
-#[cfg(all(test, loom))]
+#[cfg(test)]
+#[cfg(loom)]
 mod model;
 mod semaphore;
 
@@ -53,7 +54,7 @@ pub use self::memory::Memory;
 pub use self::memory::{ForkMark, NotMapped};
 use self::memory::{Ordering, WORD, fence};
 pub use self::semaphore::Semaphore;
-use crate::frame::{CONTROL_BYTES_MAX, FrameHeader, HEADER_BYTES, HEADER_WORDS};
+use crate::frame::{CONTROL_BYTES_MAX, FrameHeader, HEADER_BYTES};
 
 /// The kind byte of a padding record, in the place where a frame header has its own.
 const PADDING: u64 = 0xff << 32;
@@ -161,6 +162,7 @@ pub struct Record {
 pub struct Claim<'a> {
     producer: &'a mut Producer,
     body_at: usize,
+    body_bytes: usize,
     end: u64,
 }
 
@@ -244,14 +246,12 @@ impl Producer {
         }
         let words = header.words(body_bytes).map_err(|_| too_long)?;
         if padding > 0 {
-            self.write(place, PADDING | padding as u64);
+            self.memory.store(self.layout.records + place, [PADDING | padding as u64]);
         }
-        let at = if padding > 0 { 0 } else { place };
-        for (index, word) in words.into_iter().enumerate() {
-            self.write(at + index * WORD, word);
-        }
-        let body_at = self.layout.records + at + HEADER_BYTES;
-        Ok(Claim { producer: self, body_at, end })
+        let at = self.layout.records + if padding > 0 { 0 } else { place };
+        self.memory.store(at, words);
+        let body_at = at + HEADER_BYTES;
+        Ok(Claim { producer: self, body_at, body_bytes, end })
     }
 
     /// Claims, writes and commits one record; [`Producer::publish`] makes it visible.
@@ -279,13 +279,15 @@ impl Producer {
             Urgency::Relaxed => bell >= Bell::Everything as u64,
             Urgency::Urgent => bell >= Bell::Urgent as u64,
         };
-        // ORDER: relaxed behind the fence; the swap makes sure that one wake-up is one.
+        // ORDER: relaxed behind the fence; the swap makes sure that one wake-up is one. What it
+        // clears may be younger and ask for less than what was seen: whoever clears it rings.
         wakes(bell.load(Ordering::Relaxed))
-            && wakes(bell.swap(Bell::Silent as u64, Ordering::Relaxed))
+            && bell.swap(Bell::Silent as u64, Ordering::Relaxed) != Bell::Silent as u64
     }
 
     /// Says that this side waits for room; false if there is room for a body of that many bytes, and
-    /// nothing to wait for.
+    /// nothing to wait for. What was committed must be published before: nobody makes room of what
+    /// nobody sees.
     ///
     /// # Errors
     /// [`Corrupt`].
@@ -334,6 +336,7 @@ impl Producer {
         self.memory.word(self.layout.reading).load(Ordering::Acquire)
     }
 
+    #[inline]
     fn refresh(&mut self) -> Result<(), Corrupt> {
         // ORDER: acquire; its partner is the release in `Consumer::release`. The consumer has read
         // what lay there before it is written to again.
@@ -345,11 +348,7 @@ impl Producer {
         Ok(())
     }
 
-    fn write(&self, place: usize, word: u64) {
-        // ORDER: relaxed; `publish` makes it visible.
-        self.memory.word(self.layout.records + place).store(word, Ordering::Relaxed);
-    }
-
+    #[inline]
     fn place(&self, position: u64) -> usize {
         place(position, self.layout.capacity)
     }
@@ -362,9 +361,8 @@ impl Claim<'_> {
     /// If the body has another length.
     #[inline]
     pub fn commit(self, body: &[u8]) {
-        let Claim { producer, body_at, end } = self;
-        let claimed = end.wrapping_sub(producer.tail) as usize;
-        debug_assert!(record_bytes(body.len()) <= claimed, "the body that was claimed");
+        let Claim { producer, body_at, body_bytes, end } = self;
+        assert_eq!(body.len(), body_bytes, "the body has the length that was claimed");
         producer.memory.copy_in(body_at, body);
         producer.tail = end;
     }
@@ -419,7 +417,7 @@ impl Consumer {
         }
         let unread = self.tail.wrapping_sub(self.position) as usize;
         let mut place = place(self.position, self.layout.capacity);
-        let first = self.read(place);
+        let [first] = self.memory.load(self.layout.records + place);
         let mut padding = 0;
         if first & !u64::from(u32::MAX) == PADDING {
             padding = (first & u64::from(u32::MAX)) as usize;
@@ -429,16 +427,14 @@ impl Consumer {
             }
             place = 0;
         }
-        let first = if padding > 0 { self.read(place) } else { first };
+        let at = self.layout.records + place;
+        let [first] = if padding > 0 { self.memory.load(at) } else { [first] };
         // Its end is checked before its other words are read.
         if place + HEADER_BYTES > self.layout.capacity || padding + HEADER_BYTES > unread {
             return Err(Corrupt("a record is cut off"));
         }
-        let mut words = [first; HEADER_WORDS];
-        for (index, word) in words.iter_mut().enumerate().skip(1) {
-            *word = self.read(place + index * WORD);
-        }
-        let (header, body_bytes) = FrameHeader::from_words(words)
+        let [second, third] = self.memory.load(at + WORD);
+        let (header, body_bytes) = FrameHeader::from_words([first, second, third])
             .map_err(|_| Corrupt("a record does not begin with a header"))?;
         if body_bytes > body_bytes_max(self.layout.capacity) {
             return Err(Corrupt("a record is longer than half of the ring"));
@@ -451,7 +447,7 @@ impl Consumer {
             header,
             body_bytes,
             ring_bytes: padding + record,
-            body_at: self.layout.records + place + HEADER_BYTES,
+            body_at: at + HEADER_BYTES,
         }))
     }
 
@@ -532,6 +528,7 @@ impl Consumer {
 
     /// Looks at the producer's position, which makes sense if it is neither behind what was taken
     /// nor a ring ahead of what was released.
+    #[inline]
     fn refresh(&mut self) -> Result<(), Corrupt> {
         // ORDER: acquire; its partner is the release in `Producer::publish`.
         let tail = self.memory.word(self.layout.tail).load(Ordering::Acquire);
@@ -543,18 +540,17 @@ impl Consumer {
         self.tail = tail;
         Ok(())
     }
-
-    fn read(&self, place: usize) -> u64 {
-        // ORDER: relaxed behind the acquire of the position.
-        self.memory.word(self.layout.records + place).load(Ordering::Relaxed)
-    }
 }
 
+#[inline]
 fn place(position: u64, capacity: usize) -> usize {
     // The capacity is a power of two; what is kept of the position fits a usize.
     (position & (capacity as u64 - 1)) as usize
 }
 
-#[cfg(not(loom))]
 #[cfg(test)]
+#[cfg(not(loom))]
+mod hostile;
+#[cfg(test)]
+#[cfg(not(loom))]
 mod tests;

@@ -79,8 +79,8 @@ impl Semaphore {
     }
 }
 
-#[cfg(not(loom))]
 #[cfg(test)]
+#[cfg(not(loom))]
 mod tests {
     use super::*;
 
