@@ -297,9 +297,9 @@ limits! {
         "Host names are resolved again that often while they are in use.";
     ring_bytes_max_per_uid: usize = 1024 * MIB, MIB..=1024 * 1024 * MIB, "bytes",
         "Shared memory of all rings of one user. Pages exist only once they were used.";
-    delay_max: Duration = Duration::from_micros(500), NONE..=ms(10), "duration",
+    delay_max: Duration = Duration::from_micros(900), NONE..=ms(10), "duration",
         "How long the broker naps between two looks at rings, FIFOs and pipes from which one-way \
-         messages keep coming. Requests end a nap at once.";
+         messages keep coming: they wait half of it on average. Requests end a nap at once.";
     busy_poll: BusyPoll = BusyPoll::Auto, BusyPoll::Off..=BusyPoll::Auto, "duration",
         "How long the broker looks for the next event before it waits for one. auto: a moment, \
          while events come closely; off: never; 50us: always that long, for the sake of latency.";

@@ -29,12 +29,12 @@
 //! # What that costs at most
 //!
 //! - Latency: `delay_max` and one timer's lateness, for a one-way message to an awake source; one
-//!   wake-up for everything else. `bench one-way --rate` prints it.
+//!   wake-up for everything else. `bench one-way --case rate=` prints it.
 //! - Idle: nothing. A source without messages is asleep after `PATIENCE_NAPS` naps, and the loop
 //!   then waits without a timeout.
-//! - Few messages: with gaps of `STAY_GAP`, which is two naps of the default `delay_max`, naps cost
-//!   two timers per message, 10 to 30 us, and doorbells 26 us: that is where the two meet. A source
-//!   that comes less often pays `PATIENCE_NAPS` naps for each change of its habits, not for each
+//! - Few messages: with gaps of `STAY_GAP`, about a nap of the default `delay_max`, naps cost a timer
+//!   per message, 5 to 15 us, and doorbells up to 26 us: that is where the two meet. A source that
+//!   comes less often pays `PATIENCE_NAPS` naps for each change of its habits, not for each
 //!   message, because the average must fall below `STAY_GAP` before it stays awake.
 //! - Many: per nap of `delay_max` one timer, whatever the number of messages.
 //!
