@@ -96,11 +96,18 @@ impl<T: Copy> Poller<T> {
         self.add(fd, target, EventFlags::IN | EventFlags::ET)
     }
 
-    /// Stops or resumes watching a source, which stays registered. Once resumed, what it holds
-    /// already is reported.
+    /// Takes a source out of the kernel's watch, or puts it in again, when what it holds already is
+    /// reported. It is taken out rather than masked: every write to a pipe calls on whoever
+    /// watches it.
     pub fn set_watched(&self, fd: impl AsFd, token: Token, is_watched: bool) {
-        let flags = if is_watched { WATCHED } else { EventFlags::empty() };
-        self.modify(fd, token, flags);
+        let data = EventData::new_u64(token.data().as_ffi());
+        let result = match is_watched {
+            true => add(&self.epoll, fd, data, WATCHED),
+            false => delete(&self.epoll, fd),
+        };
+        if let Err(error) = result {
+            tracing::error!(%error, "a source cannot be watched");
+        }
     }
 
     fn add(&mut self, fd: impl AsFd, target: T, flags: EventFlags) -> Result<Token, Errno> {
@@ -118,14 +125,9 @@ impl<T: Copy> Poller<T> {
     /// Stops or resumes watching a listener.
     pub fn set_listening(&self, fd: impl AsFd, token: Token, is_listening: bool) {
         let flags = if is_listening { EventFlags::IN } else { EventFlags::empty() };
-        self.modify(fd, token, flags);
-    }
-
-    fn modify(&self, fd: impl AsFd, token: Token, flags: EventFlags) {
         let data = EventData::new_u64(token.data().as_ffi());
-        // Fails only if the descriptor was never added.
         if let Err(error) = modify(&self.epoll, fd, data, flags) {
-            tracing::error!(%error, "a descriptor could not be paused or resumed");
+            tracing::error!(%error, "a listener could not be paused or resumed");
         }
     }
 

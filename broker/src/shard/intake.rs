@@ -27,6 +27,7 @@ use crate::quota::{Quotas, Resource};
 use crate::session::{Session, Unfinished};
 use crate::timers::Time;
 use crate::transport::{Io, Read};
+use crate::waiting::Pace;
 
 /// What the shard lends to a source for its turn.
 pub struct Desk<'a> {
@@ -257,7 +258,11 @@ fn read(desk: &mut Desk<'_>, source: &mut Source) -> Result<bool, Served> {
     }
     match result {
         Read::Bytes { more } => {
-            source.is_readable = more || source.is_ending;
+            // A pipe that is awake is read once per look: more reads would each find little, and
+            // take the pipe's lock from its writer.
+            let is_pipe = matches!(source.io, Io::Fifo(_) | Io::Pipe(_));
+            let is_looked_at = is_pipe && source.pace.as_ref().is_some_and(Pace::is_awake);
+            source.is_readable = (more && !is_looked_at) || source.is_ending;
             source.session.handle_unfinished(desk.now, Unfinished::Nothing);
             Ok(true)
         }

@@ -334,9 +334,9 @@ impl Shard {
     }
 
     fn handle_events(&mut self) {
-        let mut count = 0;
+        let mut is_asked = false;
         while let Some((target, readiness)) = self.poller.pop_event() {
-            count += 1;
+            is_asked |= readiness.is_readable();
             match target {
                 Target::Listener => self.accept_clients(),
                 Target::Mailbox => self.handle_commands(),
@@ -354,7 +354,7 @@ impl Shard {
                 }
             }
         }
-        if count > 0 {
+        if is_asked {
             self.waiting.handle_events(self.now);
         }
     }
