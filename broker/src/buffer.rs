@@ -78,7 +78,7 @@ impl Spares {
     }
 }
 
-/// The bytes of accepted one-way messages, in the order of their upstream's outbox.
+/// The bytes of accepted one-way messages, in the order of their lane's outbox.
 #[derive(Debug, Default)]
 pub struct SendBuffer {
     bytes: Vec<u8>,
@@ -104,6 +104,11 @@ impl SendBuffer {
         let before = self.bytes.len();
         write(&mut self.bytes)?;
         Ok(self.bytes.len() - before)
+    }
+
+    /// Takes back the `bytes` that were appended last.
+    pub fn take_back(&mut self, bytes: usize) {
+        self.bytes.truncate(self.bytes.len().saturating_sub(bytes).max(self.start));
     }
 
     /// Drops `bytes` from the front.
@@ -158,6 +163,8 @@ mod tests {
         buffer.cut(4, 3);
         assert_eq!(buffer.unsent(), b"two.ee.");
         assert_eq!(buffer.append(|_| Err(7)), Err(7));
+        append(&mut buffer, b"never").unwrap();
+        buffer.take_back(5);
         append(&mut buffer, b"4").unwrap();
         assert_eq!(buffer.unsent(), b"two.ee.4");
         buffer.consume(100);

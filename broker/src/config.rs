@@ -19,6 +19,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use poolbroker_proto::address::{Protocol, UpstreamUrl, check_upstream_name};
 use poolbroker_proto::framing::Framing;
+use poolbroker_proto::reason::Reason;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
@@ -26,6 +27,8 @@ pub use entry::ConfigError;
 use entry::{Entry, Setting, Source, expected, line_at, read_within, shown};
 use fixed::units::{DAY, KIB, MIB, NONE, ms, s};
 pub use fixed::*;
+
+use crate::separator::Separator;
 
 /// Everything `serve` needs to know.
 #[derive(Debug, Clone, Default)]
@@ -51,6 +54,8 @@ pub struct UpstreamConfig {
     pub limits: UpstreamLimits,
     /// What happens to one-way messages when its queue is full.
     pub overflow: Overflow,
+    /// How small messages are joined into datagrams, if they are.
+    pub coalesce: Option<Coalesce>,
     /// Its FIFO in the runtime directory, unless `fifo = false`.
     pub fifo: Option<FifoConfig>,
 }
@@ -147,6 +152,7 @@ pub struct LimitSection {
 /// Every limit there is, by the section of the file in which it stands.
 pub const LIMIT_SECTIONS: &[LimitSection] = &[
     LimitSection { header: "[upstream.NAME]", rows: UpstreamLimits::TABLE },
+    LimitSection { header: "[upstream.NAME.coalesce]", rows: Coalesce::TABLE },
     LimitSection { header: "[limits]", rows: BrokerLimits::TABLE },
     LimitSection { header: "[dynamic]", rows: Dynamic::TABLE },
 ];
@@ -210,6 +216,9 @@ limits! {
     connections_max: usize = 8, 1..=10_000, "connections",
         "Open at once, both roles together. Few, because peers pay for each one; a request that \
          finds none free waits.";
+    one_way_connections: usize = 1, 1..=64, "connections",
+        "Of those for one-way messages: several spread them over source ports. Every session keeps \
+         to one of them, and so its order. Requests need places beside them.";
     connecting_max: usize = 4, 1..=1_000, "connections",
         "Connects in progress at once, so that a peer that comes back is not stormed.";
     waiters_max: usize = 1024, 0..=1_000_000, "requests",
@@ -262,6 +271,21 @@ limits! {
         "TCP_KEEPINTVL: between two probes.";
     keepalive_probes: u32 = 3, 1..=127, "probes",
         "TCP_KEEPCNT: unanswered probes after which the connection is dead.";
+}
+
+limits! {
+    /// How one-way messages are joined into datagrams, `[upstream.NAME.coalesce]`.
+    pub struct Coalesce {
+        /// What stands between two messages; 0 to [`SEPARATOR_BYTES_MAX`] bytes.
+        pub separator: Separator,
+    }
+    max_bytes: usize = 1_432, 1..=UDP_PAYLOAD_BYTES_MAX, "bytes",
+        "The longest datagram of several messages; a longer message goes alone. An Ethernet frame \
+         carries 1500 bytes, less 40 of IPv6 and 8 of UDP header: 1452; 20 are spare for options \
+         and tunnels, so that no router fragments it.";
+    max_delay: Duration = ms(1), NONE..=s(1), "duration",
+        "How long a message waits for others at most. 0s: only those taken in the same moment \
+         share a datagram.";
 }
 
 limits! {
@@ -412,7 +436,18 @@ impl UpstreamConfig {
             limits: UpstreamLimits::of(url.protocol),
             url,
             overflow: Overflow::default(),
+            coalesce: None,
             fifo: Some(FifoConfig::default()),
+        }
+    }
+
+    /// Why it takes no requests, if it takes none.
+    #[must_use]
+    pub fn requests_refused(&self) -> Option<Reason> {
+        match (self.url.protocol, self.url.framing) {
+            (Protocol::UdpWriteOnly, _) => Some(Reason::WriteOnly),
+            (Protocol::Tcp, Framing::Raw) => Some(Reason::NoFraming),
+            (Protocol::Tcp | Protocol::Udp, _) => None,
         }
     }
 }
@@ -473,11 +508,12 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
         match entry.key {
             "url" => {}
             "overflow" => upstream.overflow = read_overflow(entry)?,
+            "coalesce" => upstream.coalesce = Some(read_coalesce(entry, upstream.url.protocol)?),
             "fifo" => upstream.fifo = read_fifo(entry)?,
             _ => read_limit(
                 entry,
                 upstream.limits.set(entry.key, entry.value.get_ref()),
-                &["url", "overflow", "fifo"],
+                &["url", "overflow", "coalesce", "fifo"],
                 UpstreamLimits::TABLE,
             )?,
         }
@@ -493,6 +529,39 @@ fn read_overflow(entry: &Entry<'_>) -> Result<Overflow, ConfigError> {
         let names = Overflow::ALL.map(|overflow| overflow.to_string());
         entry.wrong(format!("{text:?} is unknown; there are: {}", names.join(", ")))
     })
+}
+
+fn read_coalesce(section: &Entry<'_>, protocol: Protocol) -> Result<Coalesce, ConfigError> {
+    match protocol {
+        Protocol::Tcp => {
+            let problem = "joins messages into datagrams, and tcp has none; leave it out";
+            return Err(section.wrong(problem));
+        }
+        Protocol::Udp | Protocol::UdpWriteOnly => {}
+    }
+    let mut coalesce = Coalesce::default();
+    for entry in section.entries()? {
+        match entry.key {
+            "separator" => coalesce.separator = read_separator(&entry)?,
+            _ => read_limit(
+                &entry,
+                coalesce.set(entry.key, entry.value.get_ref()),
+                &["separator"],
+                Coalesce::TABLE,
+            )?,
+        }
+    }
+    Ok(coalesce)
+}
+
+fn read_separator(entry: &Entry<'_>) -> Result<Separator, ConfigError> {
+    let bytes = entry.text()?.as_bytes();
+    if bytes.len() > SEPARATOR_BYTES_MAX {
+        let len = bytes.len();
+        let problem = format!("{len} bytes are out of range: from 0 to {SEPARATOR_BYTES_MAX}");
+        return Err(entry.wrong(problem));
+    }
+    Ok(Separator::new(bytes))
 }
 
 fn read_fifo(section: &Entry<'_>) -> Result<Option<FifoConfig>, ConfigError> {
@@ -629,6 +698,21 @@ fn check_upstream(upstream: &UpstreamConfig) -> Result<(), (&'static str, String
         let problem = exceeds(&limits.backoff_base, "backoff_max", &limits.backoff_max);
         return Err(("backoff_base", problem));
     }
+    let lanes = limits.one_way_connections;
+    let exceeds_places = match upstream.requests_refused() {
+        // With one place for both the roles take turns.
+        None => lanes > 1 && lanes >= limits.connections_max,
+        Some(_) => lanes > limits.connections_max,
+    };
+    if exceeds_places {
+        let most = limits.connections_max;
+        let remedy = match upstream.requests_refused() {
+            None => ", and requests need at least one more place",
+            Some(_) => "",
+        };
+        let problem = format!("{lanes} do not fit into connections_max, which is {most}{remedy}");
+        return Err(("one_way_connections", problem));
+    }
     let bytes = limits.message_bytes_max;
     match upstream.url.protocol {
         Protocol::Tcp => {}
@@ -697,6 +781,8 @@ mod tests {
             url = "udp-write-only://127.0.0.1:8125"
             fifo = { mode = "0622", group = "adm" }
             overflow = "drop-oldest"
+            one_way_connections = 8
+            coalesce = { separator = "\r\n", max_delay = "0s" }
 
             [upstream.cache]
             url = "tcp://127.0.0.1:6379?framing=crlf"
@@ -721,6 +807,10 @@ mod tests {
         assert_eq!(metrics.name, "metrics");
         assert_eq!(metrics.overflow, Overflow::DropOldest);
         assert_eq!(metrics.limits.message_bytes_max, UDP_PAYLOAD_BYTES_MAX);
+        assert_eq!(metrics.limits.one_way_connections, 8);
+        let coalesce = metrics.coalesce.clone().unwrap();
+        assert_eq!((coalesce.separator.bytes(), coalesce.max_bytes), (&b"\r\n"[..], 1_432));
+        assert_eq!((coalesce.max_delay, &cache.coalesce), (Duration::ZERO, &None));
         let fifo = metrics.fifo.clone().unwrap();
         assert_eq!((fifo.mode, fifo.group.as_deref()), (0o622, Some("adm")));
         assert_eq!((cache.limits.connections_max, &cache.fifo), (2, &None));
@@ -764,7 +854,11 @@ mod tests {
             ("lifetime = \"1000days\"", "out of range"),
             ("overflow = \"drop\"", "block, drop-newest, drop-oldest"),
             ("overflow = true", "a text in quotes, not true"),
-            ("coalesce = 1", "unknown key \"coalesce\"; there are: url, overflow"),
+            ("coalesced = 1", "unknown key \"coalesced\"; did you mean \"coalesce\"?"),
+            ("coalesce = {}", "tcp has none"),
+            ("one_way_connections = 0", "0 is out of range: from 1 to 64"),
+            ("one_way_connections = 65", "65 is out of range: from 1 to 64"),
+            ("one_way_connections = 8", "8 do not fit into connections_max, which is 8, and"),
             ("fifo = 3", "false or a table"),
             ("fifo = { mode = \"0644\" }", "lets others read the FIFO"),
             ("fifo = { mode = \"0022\" }", "lacks 0600"),
@@ -835,6 +929,55 @@ mod tests {
     }
 
     #[test]
+    fn one_way_connections_leave_a_place_for_requests_where_there_are_some() {
+        let upstream = |url: &str, lanes: usize, most: usize| {
+            let text = format!(
+                "[upstream.a]\nurl = \"{url}\"\none_way_connections = {lanes}\n\
+                 connections_max = {most}"
+            );
+            Config::parse(&text, "pb.toml").map(drop).map_err(|error| error.to_string())
+        };
+        for url in ["tcp://x:1", "udp://x:1"] {
+            assert_eq!(upstream(url, 2, 3), Ok(()));
+            assert_eq!(upstream(url, 1, 1), Ok(()), "the roles take turns");
+            let error = upstream(url, 2, 2).unwrap_err();
+            assert_eq!(
+                error,
+                "pb.toml:3: upstream.a.one_way_connections: 2 do not fit into connections_max, \
+                 which is 2, and requests need at least one more place"
+            );
+        }
+        for url in ["udp-write-only://x:1", "tcp://x:1?framing=raw"] {
+            assert_eq!(upstream(url, 2, 2), Ok(()));
+            let error = upstream(url, 3, 2).unwrap_err();
+            assert!(error.ends_with("3 do not fit into connections_max, which is 2"), "{error}");
+        }
+    }
+
+    #[test]
+    fn each_mistake_in_coalesce_is_refused_at_its_line() {
+        for (table, says) in [
+            ("true", "coalesce: must be a table, not true"),
+            ("{ separator = 10 }", "coalesce.separator: must be a text in quotes"),
+            ("{ separator = \"12345678901234567\" }", "17 bytes are out of range: from 0 to 16"),
+            ("{ max_bytes = 0 }", "coalesce.max_bytes: 0 is out of range: from 1 to 65507"),
+            ("{ max_bytes = 65508 }", "65508 is out of range"),
+            ("{ max_delay = \"2s\" }", "coalesce.max_delay: 2s is out of range: from 0s to 1s"),
+            ("{ delay = \"1ms\" }", "unknown key \"delay\"; there are: separator, max_bytes"),
+        ] {
+            for url in ["udp://x:1", "udp-write-only://x:1"] {
+                let text = format!("[upstream.a]\nurl = \"{url}\"\ncoalesce = {table}");
+                let error = problem(&text);
+                assert!(error.starts_with("pb.toml:3: upstream.a.coalesce"), "{error}");
+                assert!(error.contains(says), "{table}: {error}");
+            }
+        }
+        let text = "[upstream.a]\nurl = \"udp://x:1\"\ncoalesce = { separator = \"\" }";
+        let config = Config::parse(text, "pb.toml").unwrap();
+        assert_eq!(config.upstreams[0].coalesce.clone().unwrap().separator.bytes(), b"");
+    }
+
+    #[test]
     fn upstreams_of_the_command_line_are_checked_like_those_of_the_file() {
         let mut config = Config::parse("[upstream.a]\nurl = \"udp://x:1\"", "pb.toml").unwrap();
         config.add_upstream("b=udp-write-only://[::1]:8125").unwrap();
@@ -866,11 +1009,14 @@ mod tests {
     fn the_defaults_lie_within_their_ranges_and_read_back_as_shown() {
         for section in LIMIT_SECTIONS {
             for row in section.rows {
-                let (header, more) = match section.header {
-                    "[upstream.NAME]" => ("[upstream.a]", "url = \"tcp://x:1\""),
-                    header => (header, ""),
+                let header = match section.header {
+                    "[upstream.NAME]" => "[upstream.a]\nurl = \"tcp://x:1\"",
+                    "[upstream.NAME.coalesce]" => {
+                        "[upstream.a]\nurl = \"udp://x:1\"\n[upstream.a.coalesce]"
+                    }
+                    header => header,
                 };
-                let text = format!("{header}\n{more}\n{}", row.assignment());
+                let text = format!("{header}\n{}", row.assignment());
                 assert!(Config::parse(&text, "pb.toml").is_ok(), "{text}");
             }
         }

@@ -21,6 +21,9 @@
 //! and `accept`), and says what to do (`poll_action`) and when to call again (`next_deadline`).
 //! It sees counts, lengths and ids, never a byte, a socket or a clock.
 //!
+//! One-way messages go by *lanes*, each a queue with a connection of its own. Every source has one
+//! lane for its life, so its messages keep their order whatever happens to connections.
+//!
 //! This file has what a pool is asked and told; how it decides is in `pool/exchange.rs`,
 //! `pool/one_way.rs` and `pool/places.rs`.
 
@@ -33,10 +36,12 @@ use std::net::SocketAddr;
 
 use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
-use slotmap::SlotMap;
+use slotmap::{Key, SlotMap};
 
+use self::one_way::Lane;
 use self::places::Places;
 use crate::balance::{Balance, BalanceLimits, Breaker};
+use crate::coalesce::Coalescer;
 use crate::config::LIFETIME_JITTER_PERCENT;
 use crate::config::UpstreamLimits;
 use crate::ids::{ConnId, RequestId, SourceId};
@@ -51,7 +56,10 @@ pub enum Role {
     /// Requests, whose replies are matched.
     Exchange,
     /// Sends; whatever comes back is read, discarded and counted.
-    OneWay,
+    OneWay {
+        /// Whose messages.
+        lane: usize,
+    },
 }
 
 impl Role {
@@ -59,7 +67,15 @@ impl Role {
     pub const fn name(self) -> &'static str {
         match self {
             Role::Exchange => "exchange",
-            Role::OneWay => "one_way",
+            Role::OneWay { .. } => "one_way",
+        }
+    }
+
+    /// The lane of a one-way connection.
+    pub const fn lane(self) -> Option<usize> {
+        match self {
+            Role::Exchange => None,
+            Role::OneWay { lane } => Some(lane),
         }
     }
 }
@@ -177,8 +193,10 @@ pub enum Action {
         /// Why.
         reason: Reason,
     },
-    /// Remove bytes from the send buffer: their messages were given up.
+    /// Remove bytes from a send buffer: their messages were given up.
     Discard {
+        /// Of this lane.
+        lane: usize,
         /// Where they begin.
         skip: usize,
         /// How many they are.
@@ -228,7 +246,7 @@ pub enum After {
 enum Timer {
     Conn(ConnId),
     Request(RequestId),
-    Outbox,
+    Outbox { lane: usize },
     Retry,
 }
 
@@ -241,6 +259,8 @@ pub struct PoolSettings {
     pub limits: UpstreamLimits,
     /// Why requests are refused, if they are.
     pub requests_refused: Option<Reason>,
+    /// How one-way messages are packed into datagrams, if they are.
+    pub coalescer: Option<Coalescer>,
     /// Seed of the jitter.
     pub seed: u64,
 }
@@ -255,9 +275,12 @@ pub struct Pool {
     idle: Vec<ConnId>,
     waiters: VecDeque<RequestId>,
     in_flight: InFlight,
-    outbox: Outbox,
-    outbox_scheduled_at: Option<Time>,
-    one_way: Option<ConnId>,
+    /// At least one.
+    lanes: Vec<Lane>,
+    /// Of all lanes.
+    unsent_bytes: usize,
+    /// A lane may have nothing to send any more though its connection does not rest.
+    has_emptied: bool,
     balance: Balance,
     retry_scheduled_at: Option<Time>,
     deadlines: Deadlines<Timer>,
@@ -296,9 +319,11 @@ impl Pool {
             idle: Vec::new(),
             waiters: VecDeque::new(),
             in_flight: InFlight::default(),
-            outbox: Outbox::new(window_bytes_max),
-            outbox_scheduled_at: None,
-            one_way: None,
+            lanes: (0..limits.one_way_connections.max(1))
+                .map(|_| Lane::new(Outbox::new(window_bytes_max, settings.coalescer.clone())))
+                .collect(),
+            unsent_bytes: 0,
+            has_emptied: false,
             balance: Balance::new(balance_limits, settings.seed),
             retry_scheduled_at: None,
             deadlines: Deadlines::new(),
@@ -357,7 +382,7 @@ impl Pool {
 
     /// One-way messages without an outcome.
     pub fn queued(&self) -> u64 {
-        self.outbox.queued()
+        self.lanes.iter().map(|lane| lane.outbox.queued()).sum()
     }
 
     /// Requests that have not ended.
@@ -385,20 +410,33 @@ impl Pool {
         self.in_flight.get(self.in_flight.on(conn)?).map(|request| request.owner)
     }
 
-    /// The queue of one-way messages.
-    pub fn outbox(&self) -> &Outbox {
-        &self.outbox
+    /// How many lanes there are.
+    pub fn lane_count(&self) -> usize {
+        self.lanes.len()
     }
 
-    /// The one-way connection, if it is up and has something to send.
-    pub fn sending_conn(&self) -> Option<ConnId> {
-        let conn = self.one_way?;
+    /// The lane of a source's one-way messages: the same one for its life, and neighbours have
+    /// different ones.
+    pub fn lane_of(&self, source: SourceId) -> usize {
+        // The lower half of a key is its index in the table of sources.
+        let [low @ .., _, _, _, _] = source.data().as_ffi().to_le_bytes();
+        u32::from_le_bytes(low) as usize % self.lanes.len()
+    }
+
+    /// The queue of a lane.
+    pub fn outbox(&self, lane: usize) -> &Outbox {
+        &self.lanes[lane].outbox
+    }
+
+    /// The connection of a lane, if it is up and there is something to send.
+    pub fn sending_conn(&self, lane: usize) -> Option<ConnId> {
+        let conn = self.lanes[lane].conn?;
         matches!(self.conns.get(conn)?.state, State::InUse).then_some(conn)
     }
 
     /// Whether nothing is queued and nothing in flight.
     pub fn is_settled(&self) -> bool {
-        self.outbox.is_empty() && self.in_flight.len() == 0
+        self.lanes.iter().all(|lane| lane.outbox.is_empty()) && self.in_flight.len() == 0
     }
 
     /// The next thing to do.
@@ -408,7 +446,8 @@ impl Pool {
 
     /// When to call [`Pool::handle_timeout`].
     pub fn next_deadline(&self) -> Option<Time> {
-        self.deadlines.next_deadline()
+        let datagrams = self.lanes.iter().filter_map(|lane| lane.outbox.datagram_due());
+        self.deadlines.next_deadline().into_iter().chain(datagrams).min()
     }
 
     // Commands.
@@ -454,32 +493,36 @@ impl Pool {
 
     /// Whether one more one-way message of `bytes` fits. An empty queue takes any message.
     pub fn has_room(&self, bytes: usize) -> bool {
-        self.outbox.unsent_bytes() == 0
-            || self.outbox.unsent_bytes() + bytes <= self.settings.limits.queue_bytes_max
+        self.unsent_bytes == 0 || self.unsent_bytes + bytes <= self.settings.limits.queue_bytes_max
     }
 
     /// Whether enough was sent that blocked sources should be read again.
     pub fn has_room_again(&self) -> bool {
-        self.outbox.unsent_bytes() <= self.settings.limits.queue_bytes_max / 2
+        self.unsent_bytes <= self.settings.limits.queue_bytes_max / 2
     }
 
-    /// Adds one one-way message, with framing, to the run that [`Pool::accept`] ends.
-    pub fn stage(&mut self, bytes: usize) {
-        self.outbox.stage(bytes);
+    /// Adds one one-way message, with framing, to the run of a lane that [`Pool::accept`] ends.
+    pub fn stage(&mut self, lane: usize, bytes: usize) {
+        self.lanes[lane].outbox.stage(bytes);
+        self.unsent_bytes += bytes;
     }
 
     /// Accepts the staged messages of `source`; how many they are.
     pub fn accept(&mut self, now: Time, source: SourceId) -> u64 {
-        let was_empty = self.outbox.is_empty();
-        let messages = self.outbox.accept(now, source);
+        let lane = self.lane_of(source);
+        let Lane { outbox, conn, .. } = &mut self.lanes[lane];
+        let was_empty = outbox.is_empty();
+        let messages = outbox.accept(now, source);
+        let conn = *conn;
         self.ledger.accepted += messages;
         if was_empty && messages > 0 {
-            self.schedule_outbox();
-            match self.one_way {
-                Some(conn) => self.use_one_way(conn),
+            self.schedule_outbox(lane);
+            match conn {
+                Some(conn) => self.use_one_way(lane, conn),
                 None => self.want_connections(now),
             }
         }
+        self.rest_emptied(now);
         messages
     }
 
@@ -489,40 +532,59 @@ impl Pool {
         self.ledger.settle(Settled::Dropped(reason), messages);
     }
 
-    /// Drops the message that waited longest and is not partly written, if there is one: where
-    /// its bytes begin in the send buffer, and how many they are.
-    pub fn drop_oldest(&mut self) -> Option<(usize, usize)> {
-        let (skip, bytes) = self.outbox.give_up(1, &mut self.leaving);
+    /// Drops the message that waited longest of all lanes and is not partly written, if there is
+    /// one: its lane, where its bytes begin in the send buffer, and how many they are.
+    pub fn drop_oldest(&mut self) -> Option<(usize, usize, usize)> {
+        let oldest = |(index, lane): (usize, &Lane)| Some((lane.outbox.oldest_whole()?, index));
+        let (_, lane) = self.lanes.iter().enumerate().filter_map(oldest).min()?;
+        let (skip, bytes) = self.take_oldest(lane, 1);
         self.settle(Settled::Dropped(Reason::QueueFull));
-        (bytes > 0).then_some((skip, bytes))
+        self.has_emptied |= self.lanes[lane].outbox.is_empty();
+        Some((lane, skip, bytes))
+    }
+
+    /// From now on no one-way message waits for others to share its datagram.
+    pub fn hurry(&mut self) {
+        self.lanes.iter_mut().for_each(|lane| lane.outbox.hurry());
+    }
+
+    /// Brings the lanes up to this moment, before anything of them is sent: datagrams that waited
+    /// long enough for more messages are ready, and a lane that [`Pool::drop_oldest`] has emptied
+    /// rests.
+    pub fn catch_up(&mut self, now: Time) {
+        self.lanes.iter_mut().for_each(|lane| lane.outbox.close_due(now));
+        self.rest_emptied(now);
     }
 
     /// Opens nothing new for its own sake any more, and closes what is idle.
     pub fn close_down(&mut self, now: Time) {
         self.closing_down = true;
+        self.hurry();
         let exchanges = self.conns.iter().filter(|(_, record)| record.role == Role::Exchange);
         let unused = exchanges.filter(|(_, record)| record.state != State::InUse);
         for conn in unused.map(|(conn, _)| conn).collect::<Vec<_>>() {
             self.close(conn, Reason::Drained);
         }
-        if let Some(conn) = self.one_way
-            && self.outbox.is_empty()
-        {
-            self.finish_one_way(now, conn, Reason::Drained);
+        for lane in 0..self.lanes.len() {
+            if let Lane { conn: Some(conn), outbox, .. } = &self.lanes[lane]
+                && outbox.is_empty()
+            {
+                self.finish_one_way(now, *conn, Reason::Drained);
+            }
         }
     }
 
     /// Gives up everything that is queued or in flight. A message that is partly written goes
     /// only after its connection was closed: call again until [`Pool::is_settled`].
     pub fn abandon(&mut self, now: Time, reason: Reason) {
-        if self.outbox.is_front_torn()
-            && let Some(conn) = self.one_way
-        {
-            self.close(conn, reason);
-        }
-        self.give_up(u64::MAX, Settled::Dropped(reason));
-        if let Some(conn) = self.one_way {
-            self.rest_one_way(now, conn);
+        for lane in 0..self.lanes.len() {
+            if self.lanes[lane].outbox.is_front_torn()
+                && let Some(conn) = self.lanes[lane].conn
+            {
+                self.close(conn, reason);
+            }
+            self.give_up(lane, u64::MAX, Settled::Dropped(reason));
+            self.rest_one_way(now, lane);
         }
         for request in self.in_flight.ids() {
             self.end_request(now, request, RequestEnd::Failed(reason));
@@ -554,9 +616,9 @@ impl Pool {
         record.expires_at = expires_at;
         match record.role {
             Role::Exchange => self.free(now, conn),
-            Role::OneWay => {
+            Role::OneWay { lane } => {
                 self.move_to(conn, State::Idle { since: now });
-                self.use_one_way(conn);
+                self.use_one_way(lane, conn);
             }
         }
         if self.settings.protocol != Protocol::Tcp {
@@ -627,7 +689,7 @@ impl Pool {
         let short_lived = now.since(record.opened_at) < self.settings.limits.backoff_max;
         let useless = match record.role {
             Role::Exchange => record.messages_in == 0 && short_lived,
-            Role::OneWay => short_lived,
+            Role::OneWay { .. } => short_lived,
         };
         if useless {
             self.balance.handle_failure(now, reason);
@@ -667,42 +729,52 @@ impl Pool {
                 Reason::Internal
             }
         };
-        if record.role == Role::OneWay && self.settings.protocol == Protocol::Tcp {
-            self.outbox.handle_connection_end(unacknowledged, &mut self.leaving);
+        let lane = record.role.lane();
+        if let Some(lane) = lane.filter(|_| self.settings.protocol == Protocol::Tcp) {
+            let outbox = &mut self.lanes[lane].outbox;
+            outbox.handle_connection_end(unacknowledged, &mut self.leaving);
             self.settle(Settled::InDoubt);
         }
         self.forget(conn, reason);
-        self.schedule_outbox();
+        if let Some(lane) = lane {
+            self.schedule_outbox(lane);
+        }
         self.want_connections(now);
     }
 
-    /// `bytes` of the outbox were written to the one-way TCP connection: how many bytes of the
-    /// send buffer are done with.
+    /// `bytes` of a lane were written to its TCP connection: how many bytes of its send buffer are
+    /// done with.
     pub fn handle_written(&mut self, now: Time, conn: ConnId, bytes: usize) -> usize {
-        let complete = self.outbox.handle_written(bytes, &mut self.leaving);
-        self.sent(now, conn, bytes);
+        let Some(lane) = self.lane_on(conn) else { return 0 };
+        let complete = self.lanes[lane].outbox.handle_written(bytes, &mut self.leaving);
+        self.unsent_bytes -= complete;
+        self.sent(now, lane, conn, bytes);
         complete
     }
 
-    /// The first `messages` of the outbox were sent as datagrams: how many bytes of the send
-    /// buffer are done with.
-    pub fn handle_sent(&mut self, now: Time, conn: ConnId, messages: u64) -> usize {
-        let bytes = self.outbox.handle_sent(messages, &mut self.leaving);
-        self.sent(now, conn, bytes);
+    /// The first `datagrams` of a lane were sent: how many bytes of its send buffer are done with.
+    pub fn handle_sent(&mut self, now: Time, conn: ConnId, datagrams: usize) -> usize {
+        let Some(lane) = self.lane_on(conn) else { return 0 };
+        let bytes = self.lanes[lane].outbox.handle_sent(datagrams, &mut self.leaving);
+        self.unsent_bytes -= bytes;
+        self.sent(now, lane, conn, bytes);
         bytes
     }
 
-    /// The first message of the outbox cannot be sent: how many bytes of the send buffer are done
+    /// The first datagram of a lane cannot be sent: how many bytes of its send buffer are done
     /// with.
     pub fn handle_unsendable(&mut self, now: Time, conn: ConnId, reason: Reason) -> usize {
-        let (_, bytes) = self.outbox.give_up(1, &mut self.leaving);
+        let Some(lane) = self.lane_on(conn) else { return 0 };
+        let messages = self.lanes[lane].outbox.front_datagram_messages();
+        let (_, bytes) = self.take_oldest(lane, messages);
         self.settle(Settled::Dropped(reason));
-        self.rest_one_way(now, conn);
+        self.rest_one_way(now, lane);
         bytes
     }
 
     /// A deadline has come.
     pub fn handle_timeout(&mut self, now: Time) {
+        self.catch_up(now);
         while let Some(timer) = self.deadlines.pop_due(now) {
             match timer {
                 Timer::Conn(conn) => {
@@ -712,9 +784,9 @@ impl Pool {
                     }
                 }
                 Timer::Request(request) => self.handle_wait_over(now, request),
-                Timer::Outbox => {
-                    self.outbox_scheduled_at = None;
-                    self.expire(now);
+                Timer::Outbox { lane } => {
+                    self.lanes[lane].scheduled_at = None;
+                    self.expire(now, lane);
                 }
                 Timer::Retry => {
                     self.retry_scheduled_at = None;

@@ -11,9 +11,20 @@ use poolbroker_tests::binary::workspace_root;
 const CRATES: [&str; 5] = ["broker", "client-lib", "proto", "tests", "examples"];
 
 /// Files of the broker that decide and never do: no sockets, no clock, no payload.
-const PURE_FILES: [&str; 11] = [
-    "pool", "balance", "ids", "inflight", "outbox", "session", "quota", "timers", "stats",
-    "waiting", "window",
+const PURE_FILES: [&str; 13] = [
+    "pool",
+    "balance",
+    "coalesce",
+    "ids",
+    "inflight",
+    "outbox",
+    "quota",
+    "separator",
+    "session",
+    "stats",
+    "timers",
+    "waiting",
+    "window",
 ];
 
 /// What brings I/O into a file; addresses of std::net are data.

@@ -8,7 +8,9 @@ use clap::Args;
 use super::after_help;
 use super::exit::{CommandError, Exit, print};
 use super::table::{Table, stdout_takes_colour};
-use crate::config::{BrokerLimits, Config, Dynamic, LimitRow, UpstreamConfig, UpstreamLimits};
+use crate::config::{
+    BrokerLimits, Coalesce, Config, Dynamic, LimitRow, UpstreamConfig, UpstreamLimits,
+};
 
 /// Check a configuration file and print the limits in force.
 ///
@@ -41,6 +43,12 @@ fn describe(config: &Config, colour: bool) -> String {
         section(&mut text, &upstream_title(upstream));
         let values = upstream.limits.values();
         text.push_str(&limits(UpstreamLimits::TABLE, &values).render(colour));
+        if let Some(coalesce) = &upstream.coalesce {
+            let separator = coalesce.separator.bytes().escape_ascii();
+            let title = format!("[upstream.{}.coalesce] separator \"{separator}\"", upstream.name);
+            section(&mut text, &title);
+            text.push_str(&limits(Coalesce::TABLE, &coalesce.values()).render(colour));
+        }
     }
     let networks: Vec<_> = config.dynamic.allow.iter().map(ToString::to_string).collect();
     let networks = match networks.is_empty() {
@@ -91,10 +99,12 @@ mod tests {
 
     #[test]
     fn every_limit_is_printed_and_changed_ones_with_their_default() {
-        let text = "[upstream.cache]\nurl = \"tcp://127.0.0.1:6379\"\nconnections_max = 3\n";
+        let text = "[upstream.cache]\nurl = \"tcp://127.0.0.1:6379\"\nconnections_max = 3\n\
+                    [upstream.metrics]\nurl = \"udp://127.0.0.1:8125\"\ncoalesce = {}\n";
         let config = Config::parse(text, "pb.toml").unwrap();
         let shown = describe(&config, false);
-        for rows in [UpstreamLimits::TABLE, BrokerLimits::TABLE, Dynamic::TABLE] {
+        let tables = [UpstreamLimits::TABLE, Coalesce::TABLE, BrokerLimits::TABLE, Dynamic::TABLE];
+        for rows in tables {
             for row in rows {
                 assert!(shown.contains(row.name), "{}: {shown}", row.name);
             }
@@ -103,6 +113,8 @@ mod tests {
         let lines: Vec<_> = shown.lines().map(words).collect();
         assert!(lines.contains(&"connections_max 3 connections 8".to_owned()), "{shown}");
         assert!(lines.contains(&"waiters_max 1024 requests".to_owned()), "{shown}");
+        let coalesce = "[upstream.metrics.coalesce] separator \"\\n\"".to_owned();
+        assert!(lines.contains(&coalesce), "{shown}");
         assert_eq!(
             lines[0],
             "[upstream.cache] tcp://127.0.0.1:6379, overflow block, fifo 0600 lines"

@@ -7,6 +7,9 @@ use units::{DAY, KIB, MIB, ms, s};
 /// The longest UDP payload over IPv4: 65,535 less 20 bytes of IP and 8 of UDP header.
 pub const UDP_PAYLOAD_BYTES_MAX: usize = 65_507;
 
+/// The longest separator of joined messages: room for a boundary, and none for a message.
+pub const SEPARATOR_BYTES_MAX: usize = 16;
+
 /// The longest message that any upstream can be configured to take.
 pub const MESSAGE_BYTES_MAX: usize = 64 * MIB;
 

@@ -41,7 +41,7 @@ impl Pool {
         // A new connection serves one waiter before it makes room: the roles take turns.
         let has_turn = record.uses == 0 && !self.waiters.is_empty();
         let one_way_waits =
-            !has_turn && self.wants_one_way() && self.places.open >= self.connections_max();
+            !has_turn && self.wanting_lanes() > 0 && self.places.open >= self.connections_max();
         if uses_max > 0 && record.uses >= uses_max {
             self.close(conn, Reason::UsesMax);
         } else if record.expires_at.is_some_and(|at| at <= now) {

@@ -20,7 +20,6 @@ pub struct Places {
     pub(super) exchange: usize,
     pub(super) open: usize,
     pub(super) retired: usize,
-    pub(super) one_way_ending: usize,
 }
 
 impl Pool {
@@ -30,9 +29,14 @@ impl Pool {
 
     /// Starts the connects that are wanted and allowed.
     pub(super) fn want_connections(&mut self, now: Time) {
-        if self.wants_one_way() {
+        for lane in 0..self.lanes.len() {
+            if !self.lanes[lane].wants_connection() {
+                continue;
+            }
             if self.places.open < self.connections_max() {
-                self.connect(now, Role::OneWay);
+                if !self.connect(now, Role::OneWay { lane }) {
+                    break;
+                }
             } else if !self.idle.is_empty() {
                 // The longest idle makes room; closing it calls here again.
                 let conn = self.idle.remove(0);
@@ -42,8 +46,10 @@ impl Pool {
         let limits = &self.settings.limits;
         let (connections_min, retired_max) = (limits.connections_min, limits.retired_max);
         if self.settings.protocol == Protocol::UdpWriteOnly {
-            if connections_min > 0 && self.one_way.is_none() && !self.closing_down {
-                self.connect(now, Role::OneWay);
+            for lane in 0..self.lanes.len().min(connections_min) {
+                if self.lanes[lane].is_free() && !self.closing_down {
+                    self.connect(now, Role::OneWay { lane });
+                }
             }
             return;
         }
@@ -51,7 +57,7 @@ impl Pool {
             let places = self.places;
             let for_waiters = self.waiters.len() > places.connecting_exchange;
             let warm = places.exchange < connections_min && !self.closing_down;
-            let reserved = usize::from(self.wants_one_way());
+            let reserved = self.wanting_lanes();
             if !(for_waiters || warm)
                 || places.connecting >= self.settings.limits.connecting_max
                 || places.retired >= retired_max.max(1)
@@ -62,8 +68,7 @@ impl Pool {
                 // With one place for both roles, a resting one-way connection makes room.
                 if for_waiters
                     && places.exchange == 0
-                    && let Some(conn) = self.one_way
-                    && matches!(self.conns.get(conn).map(|c| c.state), Some(State::Idle { .. }))
+                    && let Some(conn) = self.resting_one_way()
                 {
                     self.finish_one_way(now, conn, Reason::MakeRoom);
                 }
@@ -73,6 +78,12 @@ impl Pool {
                 return;
             }
         }
+    }
+
+    fn resting_one_way(&self) -> Option<ConnId> {
+        let conns = self.lanes.iter().filter_map(|lane| lane.conn);
+        let is_idle = |conn: &Conn| matches!(conn.state, State::Idle { .. });
+        conns.into_iter().find(|conn| self.conns.get(*conn).is_some_and(is_idle))
     }
 
     /// Starts a connect if there is an address to go to now.
@@ -106,8 +117,8 @@ impl Pool {
             scheduled_at: None,
         });
         self.count(role, State::Connecting, 1);
-        if role == Role::OneWay {
-            self.one_way = Some(conn);
+        if let Some(lane) = role.lane() {
+            self.lanes[lane].conn = Some(conn);
         }
         self.schedule_conn(conn);
         self.actions.push_back(Action::Connect { conn, role, remote });
@@ -127,8 +138,10 @@ impl Pool {
             State::Draining { .. } | State::Closing { .. } => true,
         };
         if takes_nothing_new {
-            if self.one_way == Some(conn) {
-                self.one_way = None;
+            if let Some(lane) = role.lane()
+                && self.lanes[lane].conn == Some(conn)
+            {
+                self.lanes[lane].conn = None;
             }
             if let State::Idle { .. } = before {
                 self.idle.retain(|idle| *idle != conn);
@@ -186,8 +199,8 @@ impl Pool {
             State::Draining { .. } if is_exchange => add(&mut places.retired),
             State::Draining { .. } | State::Closing { .. } => {
                 add(&mut places.open);
-                if !is_exchange {
-                    add(&mut places.one_way_ending);
+                if let Some(lane) = role.lane() {
+                    add(&mut self.lanes[lane].ending);
                 }
             }
         }
@@ -247,7 +260,9 @@ impl Pool {
                 let warm = self.settings.limits.connections_min;
                 let kept_warm = match record.role {
                     Role::Exchange => self.places.exchange <= warm,
-                    Role::OneWay => self.settings.protocol == Protocol::UdpWriteOnly && warm > 0,
+                    Role::OneWay { lane } => {
+                        self.settings.protocol == Protocol::UdpWriteOnly && lane < warm
+                    }
                 };
                 if kept_warm && !expired {
                     // Idle counts anew: it is kept on purpose.
@@ -259,7 +274,7 @@ impl Pool {
                 let reason = if expired { Reason::Lifetime } else { Reason::IdleTimeout };
                 match record.role {
                     Role::Exchange => self.close(conn, reason),
-                    Role::OneWay => self.finish_one_way(now, conn, reason),
+                    Role::OneWay { .. } => self.finish_one_way(now, conn, reason),
                 }
             }
             State::InUse => {

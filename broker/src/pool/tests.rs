@@ -38,6 +38,7 @@ struct Socket {
     stream: Vec<Byte>,
 }
 
+#[derive(Debug)]
 struct World {
     pool: Pool,
     now: Time,
@@ -54,17 +55,28 @@ struct World {
     ends: BTreeMap<RequestId, (RequestEnd, bool)>,
     refused: u64,
     messages: u64,
-    unsent: VecDeque<Byte>,
+    /// The send buffer of each lane.
+    unsent: Vec<VecDeque<Byte>>,
     ledgers: BTreeMap<SourceId, Ledger>,
 }
 
 impl World {
     fn new(protocol: Protocol, limits: UpstreamLimits) -> Self {
+        World::coalescing(protocol, limits, None)
+    }
+
+    fn coalescing(
+        protocol: Protocol,
+        limits: UpstreamLimits,
+        coalescer: Option<Coalescer>,
+    ) -> Self {
         let is_write_only = protocol == Protocol::UdpWriteOnly;
         let requests_refused = is_write_only.then_some(Reason::WriteOnly);
         let mut sources: SlotMap<SourceId, ()> = SlotMap::with_key();
+        let unsent = vec![VecDeque::new(); limits.one_way_connections];
+        let settings = PoolSettings { protocol, limits, requests_refused, coalescer, seed: 1 };
         let mut world = World {
-            pool: Pool::new(PoolSettings { protocol, limits, requests_refused, seed: 1 }),
+            pool: Pool::new(settings),
             now: Time::default() + ms(1_000),
             opens_sockets: true,
             unacknowledged_max: 0,
@@ -75,7 +87,7 @@ impl World {
             ends: BTreeMap::new(),
             refused: 0,
             messages: 0,
-            unsent: VecDeque::new(),
+            unsent,
             ledgers: (0..3).map(|_| (sources.insert(()), Ledger::default())).collect(),
         };
         world.resolve();
@@ -191,16 +203,21 @@ impl World {
     // One-way messages.
 
     fn send(&mut self, lens: &[usize]) {
-        lens.iter().for_each(|len| self.append(*len));
-        self.accept(self.source(0));
+        self.send_as(self.source(0), lens);
     }
 
-    fn append(&mut self, len: usize) {
+    fn send_as(&mut self, source: SourceId, lens: &[usize]) {
+        lens.iter().for_each(|len| self.append(source, *len));
+        self.accept(source);
+    }
+
+    fn append(&mut self, source: SourceId, len: usize) {
         self.messages += 1;
         let message = self.messages;
         let byte = |offset| Byte { message, offset, is_last: offset + 1 == len };
-        self.unsent.extend((0..len).map(byte));
-        self.pool.stage(len);
+        let lane = self.pool.lane_of(source);
+        self.unsent[lane].extend((0..len).map(byte));
+        self.pool.stage(lane, len);
     }
 
     fn accept(&mut self, source: SourceId) {
@@ -213,30 +230,38 @@ impl World {
     fn send_or(&mut self, overflow: Overflow, source: SourceId, len: usize) {
         while !self.pool.has_room(len) {
             let is_oldest = overflow == Overflow::DropOldest;
-            let Some((skip, bytes)) = is_oldest.then(|| self.pool.drop_oldest()).flatten() else {
+            let dropped = is_oldest.then(|| self.pool.drop_oldest()).flatten();
+            let Some((lane, skip, bytes)) = dropped else {
                 self.pool.drop_unqueued(1, Reason::QueueFull);
                 let ledger = self.ledgers.get_mut(&source).unwrap();
                 ledger.accepted += 1;
-                return ledger.settle(Settled::Dropped(Reason::QueueFull), 1);
+                ledger.settle(Settled::Dropped(Reason::QueueFull), 1);
+                self.pool.catch_up(self.now);
+                return self.carry_out();
             };
-            self.unsent.drain(skip..skip + bytes);
+            self.unsent[lane].drain(skip..skip + bytes);
             self.carry_out();
         }
-        self.append(len);
+        self.append(source, len);
         self.accept(source);
     }
 
-    /// The kernel takes that many bytes (TCP) or messages (UDP) if there are.
+    /// The kernel takes that many bytes (TCP) or datagrams (UDP) if there are.
     fn write(&mut self, count: usize) {
-        let Some(conn) = self.pool.sending_conn() else {
+        self.write_by(0, count);
+    }
+
+    fn write_by(&mut self, lane: usize, count: usize) {
+        let Some(conn) = self.pool.sending_conn(lane) else {
             return;
         };
-        let outbox = self.pool.outbox();
+        assert_eq!(self.sockets[&conn].role, Role::OneWay { lane });
+        let (outbox, unsent) = (self.pool.outbox(lane), &self.unsent[lane]);
         let done = if self.is_tcp() {
-            let unwritten = outbox.front_written()..self.unsent.len();
+            let unwritten = outbox.front_written()..unsent.len();
             let bytes = count.min(unwritten.len());
             let stream = &mut self.sockets.get_mut(&conn).expect("it is open").stream;
-            for byte in self.unsent.range(unwritten).take(bytes) {
+            for byte in unsent.range(unwritten).take(bytes) {
                 match stream.last().filter(|last| !last.is_last) {
                     Some(last) => assert_eq!(byte.offset, last.offset + 1, "the same goes on"),
                     None => assert_eq!(byte.offset, 0, "a message starts at its first byte"),
@@ -246,18 +271,18 @@ impl World {
             }
             self.pool.handle_written(self.now, conn, bytes)
         } else {
-            let messages = count.min(outbox.unsent_lens().count());
-            self.pool.handle_sent(self.now, conn, messages as u64)
+            let datagrams = outbox.next_datagrams(&mut [0; 64]).min(count);
+            self.pool.handle_sent(self.now, conn, datagrams)
         };
-        self.unsent.drain(..done);
+        self.unsent[lane].drain(..done);
         self.carry_out();
     }
 
     /// The kernel will never take the first datagram.
-    fn refuse_datagram(&mut self) {
-        if let Some(conn) = self.pool.sending_conn() {
+    fn refuse_datagram(&mut self, lane: usize) {
+        if let Some(conn) = self.pool.sending_conn(lane) {
             let done = self.pool.handle_unsendable(self.now, conn, Reason::TooBig);
-            self.unsent.drain(..done);
+            self.unsent[lane].drain(..done);
             self.carry_out();
         }
     }
@@ -342,6 +367,10 @@ impl World {
         while let Some(action) = self.pool.poll_action() {
             match action {
                 Action::Connect { conn, role, .. } => {
+                    if let Role::OneWay { .. } = role {
+                        let is_same = |socket: &Socket| socket.role == role;
+                        assert!(!self.sockets.values().any(is_same), "one after the other");
+                    }
                     let (is_up, is_spoiled, carries, stream) = (false, false, None, Vec::new());
                     let socket = Socket { role, is_up, carries, is_spoiled, stream };
                     assert!(self.sockets.insert(conn, socket).is_none());
@@ -356,13 +385,15 @@ impl World {
                 }
                 Action::Drain { conn } => {
                     let socket = &self.sockets[&conn];
-                    assert!(self.is_tcp() && socket.is_up && socket.role == Role::OneWay);
+                    assert!(self.is_tcp() && socket.is_up && socket.role != Role::Exchange);
                 }
                 Action::Retire { conn } => {
                     assert!(!self.is_tcp() && self.sockets[&conn].role == Role::Exchange);
                 }
                 Action::Close { conn, reason } => self.close(conn, reason),
-                Action::Discard { skip, bytes } => drop(self.unsent.drain(skip..skip + bytes)),
+                Action::Discard { lane, skip, bytes } => {
+                    self.unsent[lane].drain(skip..skip + bytes);
+                }
                 Action::Settle { source, settled, messages } => {
                     self.ledgers.get_mut(&source).unwrap().settle(settled, messages);
                 }
@@ -407,7 +438,10 @@ impl World {
         assert_eq!(ledgers().map(|ledger| ledger.accepted).sum::<u64>(), ledger.accepted);
         assert_eq!(ledgers().map(Ledger::settled).sum::<u64>(), ledger.settled());
         assert_eq!(ledgers().map(|ledger| ledger.in_doubt).sum::<u64>(), ledger.in_doubt);
-        assert_eq!(pool.outbox().unsent_bytes(), self.unsent.len());
+        let lanes = 0..pool.lane_count();
+        let of_lane = |lane| pool.outbox(lane).unsent_lens().sum::<usize>();
+        assert!(lanes.map(of_lane).eq(self.unsent.iter().map(VecDeque::len)));
+        assert_eq!(pool.unsent_bytes, self.unsent.iter().map(VecDeque::len).sum::<usize>());
 
         let mut closed = Tally::default();
         self.closes.values().for_each(|reason| closed.add(*reason, 1));
@@ -440,10 +474,16 @@ impl World {
         let idle: BTreeSet<_> = idle.map(|(conn, _)| conn).collect();
         assert_eq!(idle, pool.idle.iter().copied().collect());
         assert!(idle.is_empty() || pool.waiters() == 0, "waiting beside an idle one");
-        let one_way = pool.one_way.and_then(|conn| pool.conn(conn));
-        let (rests, sends) = (one_way.is_some_and(is_idle), pool.sending_conn().is_some());
-        assert!(if pool.outbox().is_empty() { !sends } else { !rests });
-        assert!(!pool.closing_down || (idle.is_empty() && !rests));
+        for (index, lane) in pool.lanes.iter().enumerate() {
+            let conn = lane.conn.and_then(|conn| pool.conn(conn));
+            assert!(conn.is_none_or(|conn| conn.role == Role::OneWay { lane: index }));
+            let (rests, sends) = (conn.is_some_and(is_idle), pool.sending_conn(index).is_some());
+            assert!(if lane.outbox.is_empty() { !sends } else { !rests });
+            assert!(!pool.closing_down || (idle.is_empty() && !rests));
+            let of_lane = pool.conns().filter(|(_, conn)| conn.role.lane() == Some(index));
+            assert_eq!(of_lane.count(), lane.ending + usize::from(lane.conn.is_some()));
+            assert!(lane.ending == 0 || lane.conn.is_none(), "one after the other");
+        }
     }
 
     /// Nothing waits for ever.
@@ -456,7 +496,8 @@ impl World {
             None => panic!("{request:?} is lost"),
         });
         let conns = pool.conns().filter_map(|(conn, _)| pool.conn_due(conn));
-        let oldest = pool.outbox().oldest().filter(|_| !limits.queue_timeout.is_zero());
+        let outboxes = pool.lanes.iter().filter(|_| !limits.queue_timeout.is_zero());
+        let oldest = outboxes.filter_map(|lane| lane.outbox.oldest());
         let expiry = oldest.map(|oldest| oldest + limits.queue_timeout);
         if let Some(first) = requests.chain(conns).chain(expiry).min() {
             assert!(pool.next_deadline().is_some_and(|next| next <= first));
@@ -476,7 +517,7 @@ impl World {
             while let Some(conn) = self.pick(0, |socket, _| socket.carries.is_some()) {
                 self.reply(conn);
             }
-            self.write(usize::MAX);
+            (0..self.unsent.len()).for_each(|lane| self.write_by(lane, usize::MAX));
             self.check();
             self.jump(ms(1));
         }
@@ -547,7 +588,7 @@ impl World {
             Deed::Send => {
                 for len in 1 + amount / 2..=1 + amount {
                     if self.pool.has_room(len) {
-                        self.append(len);
+                        self.append(source, len);
                     }
                 }
                 self.accept(source);
@@ -575,8 +616,10 @@ impl World {
                     self.lose(conn, reason, goes_well);
                 }
             }
-            Deed::Write if goes_well || self.is_tcp() => self.write(amount),
-            Deed::Write => self.refuse_datagram(),
+            Deed::Write if goes_well || self.is_tcp() => {
+                self.write_by(index % self.unsent.len(), amount);
+            }
+            Deed::Write => self.refuse_datagram(index % self.unsent.len()),
             Deed::Jump => self.jump(ms(amount as u64 / 4)),
             Deed::Resolve if goes_well => self.resolve(),
             Deed::Resolve => self.pool.handle_resolved(self.now, vec![]),
@@ -591,14 +634,20 @@ impl World {
 
 prop_compose! {
     /// Small limits and short times; waiting ends after one of `waits`.
-    fn any_limits(waits: &'static [u64])(
+    fn any_limits(protocol: Protocol, waits: &'static [u64])(
+        lanes in 1usize..=3,
         counts in vec(0usize..5, 6),
         queue_bytes_max in 10usize..60,
         waits in vec(select(waits), 3),
         times in vec(select(&[1, 3, 10, 30, 100][..]), 7),
     ) -> UpstreamLimits {
         let connections_max = counts[1].max(1);
+        let lanes_max = match protocol {
+            Protocol::UdpWriteOnly => connections_max,
+            Protocol::Tcp | Protocol::Udp => connections_max - 1,
+        };
         UpstreamLimits {
+            one_way_connections: lanes.clamp(1, lanes_max.max(1)),
             connections_min: counts[0].min(connections_max),
             connections_max,
             connecting_max: counts[2].max(1),
@@ -623,15 +672,26 @@ prop_compose! {
     }
 }
 
+/// An upstream of some protocol type, which packs its datagrams or not.
+fn any_world(waits: &'static [u64]) -> impl Strategy<Value = World> {
+    let packing = (0usize..=1, 5usize..30, 0u64..10, any::<bool>());
+    let upstream = (select(PROTOCOLS), packing).prop_flat_map(move |(protocol, packing)| {
+        (Just(protocol), any_limits(protocol, waits), Just(packing))
+    });
+    upstream.prop_map(|(protocol, limits, (separator_bytes, max_bytes, delay, packs))| {
+        let coalescer = Coalescer::new(max_bytes, ms(delay), separator_bytes);
+        let packs = packs && protocol != Protocol::Tcp;
+        World::coalescing(protocol, limits, packs.then_some(coalescer))
+    })
+}
+
 proptest! {
     /// See [`World::check`] and the assertions on the way there.
     #[test]
     fn the_books_agree_and_every_limit_holds_whatever_happens(
-        protocol in select(PROTOCOLS),
-        limits in any_limits(&[1, 5, 20, 80]),
+        mut world in any_world(&[1, 5, 20, 80]),
         steps in any_steps(),
     ) {
-        let mut world = World::new(protocol, limits);
         for step in steps {
             world.take_step(step);
             world.check();
@@ -652,11 +712,9 @@ proptest! {
     /// Whoever waits is served, and not only got rid of by a deadline.
     #[test]
     fn whatever_happened_all_are_served_soon_after_the_upstream_works_again(
-        protocol in select(PROTOCOLS),
-        limits in any_limits(&[10_000]),
+        mut world in any_world(&[10_000]),
         steps in any_steps(),
     ) {
-        let mut world = World::new(protocol, limits);
         steps.into_iter().for_each(|step| world.take_step(step));
         world.recover(ms(3_000));
     }
@@ -704,7 +762,7 @@ fn never_more_connections_than_connections_max_in_both_roles() {
     world.send(&[1]);
     world.ask_times(2);
     let roles = [world.connect(), world.connect()].map(|conn| world.sockets[&conn].role);
-    assert_eq!((roles, world.sockets.len()), ([Role::OneWay, Role::Exchange], 2));
+    assert_eq!((roles, world.sockets.len()), ([Role::OneWay { lane: 0 }, Role::Exchange], 2));
 }
 
 #[test]
@@ -1003,6 +1061,97 @@ fn a_one_way_connection_ends_before_its_successor_begins() {
 }
 
 #[test]
+fn every_source_keeps_its_lane_and_neighbours_have_different_ones() {
+    let mut world = tcp(|limits| limits.one_way_connections = 2);
+    let lanes = [0, 1, 2].map(|source| world.pool.lane_of(world.source(source)));
+    assert!(lanes[0] != lanes[1] && lanes[0] == lanes[2], "{lanes:?}");
+    let sources = [0, 1, 2].map(|source| world.source(source));
+    sources.into_iter().for_each(|source| world.send_as(source, &[2, 2]));
+    let conns = [world.connect(), world.connect()];
+    (0..2).for_each(|lane| world.write_by(lane, 100));
+    let sent = conns.map(|conn| world.pool.conn(conn).unwrap().messages_out);
+    assert_eq!((sent[0] + sent[1], sent[0].max(sent[1])), (6, 4));
+    world.check();
+}
+
+#[test]
+fn a_lane_that_lost_its_connection_does_not_hold_up_the_others() {
+    let mut world = tcp(|limits| limits.one_way_connections = 2);
+    for source in [0, 1] {
+        world.send_as(world.source(source), &[5, 5]);
+    }
+    let (broken, _) = (world.connect(), world.connect());
+    let lane = world.sockets[&broken].role.lane().unwrap();
+    (0..2).for_each(|lane| world.write_by(lane, 7));
+    world.lose(broken, Reason::PeerReset, false);
+    world.write_by(1 - lane, 3);
+    assert_eq!((world.pool.ledger.sent, world.unsent[lane].len()), (3, 5));
+    world.pass(100);
+    let conn = world.connect();
+    world.write_by(lane, 5);
+    assert_eq!((world.pool.ledger.sent, world.sockets[&conn].stream[0].offset), (4, 0));
+}
+
+#[test]
+fn the_queue_is_one_limit_over_all_lanes_and_the_oldest_of_all_makes_room() {
+    let mut world = tcp(|limits| (limits.one_way_connections, limits.queue_bytes_max) = (2, 10));
+    world.send_as(world.source(0), &[4]);
+    world.pass(1);
+    world.send_as(world.source(1), &[6]);
+    world.pass(1);
+    assert!(!world.pool.has_room(1));
+    world.send_or(Overflow::DropOldest, world.source(1), 4);
+    let lanes = [0, 1].map(|source| world.pool.lane_of(world.source(source)));
+    let [first, second] = lanes.map(|lane| world.unsent[lane].len());
+    assert_eq!((first, second), (0, 10), "that of the other lane was older");
+    world.check();
+}
+
+#[test]
+fn lanes_leave_a_place_for_requests() {
+    let mut world = tcp(|limits| (limits.one_way_connections, limits.connections_max) = (2, 3));
+    world.ask_times(3);
+    let asked: Vec<_> = (0..3).map(|_| world.connect()).collect();
+    [0, 1].into_iter().for_each(|source| world.send_as(world.source(source), &[1]));
+    asked.iter().for_each(|conn| world.reply(*conn));
+    let roles = |world: &World| {
+        let is_exchange = |socket: &&Socket| socket.role == Role::Exchange;
+        world.sockets.values().filter(is_exchange).count()
+    };
+    assert_eq!((roles(&world), world.sockets.len()), (1, 3), "two have made room");
+}
+
+#[test]
+fn a_datagram_that_is_not_full_goes_after_its_delay_or_when_the_pool_closes_down() {
+    let mut limits = UpstreamLimits::of(Protocol::UdpWriteOnly);
+    limits.connections_min = 1;
+    let coalescer = Coalescer::new(100, ms(5), 1);
+    let mut world = World::coalescing(Protocol::UdpWriteOnly, limits, Some(coalescer));
+    let ready = |world: &World| {
+        let mut lens = [0; 4];
+        let count = world.pool.outbox(0).next_datagrams(&mut lens);
+        lens[..count].to_vec()
+    };
+    world.send(&[6, 6]);
+    assert_eq!(world.pool.next_deadline(), Some(world.now + ms(5)));
+    world.pass(4);
+    assert!(ready(&world).is_empty());
+    world.pass(1);
+    assert_eq!(ready(&world), [12]);
+    world.write(1);
+    assert_eq!((world.pool.ledger.sent, world.unsent[0].len()), (2, 0));
+    world.send(&[7]);
+    world.close_down();
+    assert_eq!(ready(&world), [7]);
+    world.send(&[8, 9]);
+    assert_eq!(ready(&world), [7, 17], "what is accepted later does not wait either");
+    world.refuse_datagram(0);
+    assert_eq!((world.pool.ledger.dropped.total(), ready(&world)), (1, vec![17]));
+    world.refuse_datagram(0);
+    assert_eq!((world.pool.ledger.dropped.total(), ready(&world)), (3, vec![]));
+}
+
+#[test]
 fn queue_timeout_expires_what_waits() {
     let mut world = tcp(|limits| limits.queue_timeout = ms(50));
     world.send(&[1]);
@@ -1011,7 +1160,7 @@ fn queue_timeout_expires_what_waits() {
     world.pass(20);
     assert_eq!((world.pool.ledger.expired, world.pool.queued()), (1, 1));
     world.pass(30);
-    assert_eq!((world.pool.ledger.expired, world.unsent.len()), (2, 0));
+    assert_eq!((world.pool.ledger.expired, world.unsent[0].len()), (2, 0));
 }
 
 #[test]
@@ -1022,7 +1171,7 @@ fn a_stalled_torn_message_closes_its_connection_first() {
     world.write(2);
     world.pass(50);
     assert_eq!(world.closes[&conn], Reason::Stalled);
-    assert_eq!((world.pool.ledger.expired, world.unsent.len()), (2, 0));
+    assert_eq!((world.pool.ledger.expired, world.unsent[0].len()), (2, 0));
 }
 
 #[test]
@@ -1035,7 +1184,7 @@ fn a_full_queue_drops_the_newest_or_the_oldest_that_is_whole() {
     assert_eq!((world.pool.queued(), world.pool.ledger.dropped.total()), (3, 1));
     world.send_or(Overflow::DropOldest, world.source(1), 3);
     assert_eq!((world.pool.queued(), world.pool.ledger.dropped.total()), (3, 2));
-    let left: BTreeSet<_> = world.unsent.iter().map(|byte| byte.message).collect();
+    let left: BTreeSet<_> = world.unsent[0].iter().map(|byte| byte.message).collect();
     assert_eq!(left, BTreeSet::from([1, 3, 4]));
     world.check();
 }

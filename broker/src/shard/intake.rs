@@ -427,7 +427,7 @@ fn record_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &m
                 return Step::Next;
             };
             let stage = |outlet: &mut Upstream| {
-                outlet.push_copied(record.body_bytes, |out| ring.copy_body(&record, out))
+                outlet.push_copied(id, record.body_bytes, |out| ring.copy_body(&record, out))
             };
             let route = Route::new(handle, upstream);
             match push(desk, session, id, taken, route, record.body_bytes, stage) {
@@ -517,7 +517,7 @@ fn handle_frame(
                 return Ok(Step::Next);
             };
             let route = Route::new(header.upstream, upstream);
-            let stage = |outlet: &mut Upstream| outlet.push(frame.body, false);
+            let stage = |outlet: &mut Upstream| outlet.push(id, frame.body, false);
             let bytes = frame.body.len();
             if push(desk, &mut source.session, id, taken, route, bytes, stage) == Push::Full {
                 return Ok(Step::Stop(Served::Blocked { upstream }));
@@ -834,7 +834,7 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
             } else {
                 let is_line = *framing == Framing::Lines;
                 let route = Route::new(0, upstream);
-                let stage = |outlet: &mut Upstream| outlet.push(body, is_line);
+                let stage = |outlet: &mut Upstream| outlet.push(id, body, is_line);
                 if push(desk, session, id, taken, route, body.len(), stage) == Push::Full {
                     return Step::Stop(Served::Blocked { upstream });
                 }
@@ -870,7 +870,7 @@ fn end_of_input(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, reason: 
             let mut taken = Taken::default();
             let body = &buffer.unread()[body];
             let route = Route::new(0, upstream);
-            let stage = |outlet: &mut Upstream| outlet.push(body, false);
+            let stage = |outlet: &mut Upstream| outlet.push(id, body, false);
             if push(desk, session, id, &mut taken, route, body.len(), stage) == Push::Full {
                 // The end will be read again.
                 source.is_readable = true;

@@ -502,9 +502,11 @@ impl Shard {
             for order in std::mem::take(&mut self.orders) {
                 self.carry_out(order);
             }
-            // A queue that is nearly full is sent before the next source finds it so.
+            // A queue that is nearly full is sent before the next source finds it so, and a full
+            // batch while its bytes are at hand.
             for upstream in std::mem::take(&mut self.touched) {
-                if !self.upstreams[upstream].pool.has_room_again() {
+                let outlet = &self.upstreams[upstream];
+                if !outlet.pool.has_room_again() || outlet.wants_work() {
                     self.work_on(upstream);
                 }
             }

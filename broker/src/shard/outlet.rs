@@ -1,8 +1,8 @@
 //! One upstream at work: carries out what its [`Pool`] decides, on real sockets.
 //!
-//! Bytes lie here and nowhere else: one-way messages back to back in the send buffer, the body of
-//! a waiting request under its id, the request being written on its connection. Everything that
-//! sources must learn goes through [`Sources`].
+//! Bytes lie here and nowhere else: one-way messages back to back in the send buffer of their lane,
+//! the body of a waiting request under its id, the request being written on its connection.
+//! Everything that sources must learn goes through [`Sources`].
 
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -18,6 +18,7 @@ use slotmap::SecondaryMap;
 use super::Target;
 use super::sources::Sources;
 use crate::buffer::{ReceiveBuffer, SendBuffer, Spares};
+use crate::coalesce::Coalescer;
 use crate::config::{BATCHES_MAX, READS_MAX};
 use crate::config::{BrokerLimits, Overflow, UpstreamConfig};
 use crate::ids::{ConnId, RequestId, SourceId};
@@ -25,6 +26,7 @@ use crate::inflight::Owner;
 use crate::poller::{Poller, Readiness, Token};
 use crate::pool::{Acquire, Action, After, Conn, Pool, PoolSettings, Role, State};
 use crate::quota::Charge;
+use crate::separator::Separator;
 use crate::snapshot::{ConnectionSnapshot, UpstreamSnapshot, by_reason};
 use crate::stats::RequestEnd;
 use crate::timers::Time;
@@ -65,7 +67,9 @@ pub struct Upstream {
     /// Its decisions.
     pub pool: Pool,
     index: usize,
-    send_buffer: SendBuffer,
+    wire: Wire,
+    /// In the order of the pool's.
+    lanes: Vec<LaneIo>,
     scratch: Vec<u8>,
     sockets: SecondaryMap<ConnId, Socket>,
     bodies: SecondaryMap<RequestId, Body>,
@@ -74,12 +78,87 @@ pub struct Upstream {
     /// Connections with more to read than one turn allows.
     unread: Vec<ConnId>,
     udp: udp::Sender,
-    /// The datagram at the front was refused once.
-    is_retry: bool,
-    pause: Option<Pause>,
+    replies: udp::Receiver,
     nobuf_backoff: (Duration, Duration),
     icmp_refused: u64,
     redelivered: u64,
+}
+
+/// The I/O half of a lane.
+#[derive(Debug, Default)]
+struct LaneIo {
+    send_buffer: SendBuffer,
+    /// The datagram at the front was refused once.
+    is_retry: bool,
+    pause: Option<Pause>,
+}
+
+/// How a body becomes a one-way message in a send buffer.
+#[derive(Debug)]
+enum Wire {
+    /// With the marks of a framing; a datagram is its own message, and raw.
+    Framed(Framing),
+    /// With a separator behind it, so that it can share a datagram.
+    Separated(Separator),
+}
+
+impl Wire {
+    fn overhead_bytes(&self) -> usize {
+        match self {
+            Wire::Framed(framing) => framing.overhead_bytes(),
+            Wire::Separated(separator) => separator.bytes().len(),
+        }
+    }
+
+    /// The bytes at the end of a datagram that are not sent.
+    fn gap(&self) -> usize {
+        match self {
+            Wire::Framed(_) => 0,
+            Wire::Separated(separator) => separator.bytes().len(),
+        }
+    }
+
+    /// Appends `body` as one message, or leaves `out` as it is and says why.
+    fn encode(&self, body: &[u8], is_line: bool, out: &mut Vec<u8>) -> Result<(), Reason> {
+        match self {
+            Wire::Framed(framing) if is_line => framing.encode_line(body, out),
+            Wire::Framed(framing) => framing.encode(body, out),
+            Wire::Separated(separator) if separator.is_in(body) => Err(Reason::Delimiter),
+            Wire::Separated(separator) => {
+                out.extend_from_slice(body);
+                out.extend_from_slice(separator.bytes());
+                Ok(())
+            }
+        }
+    }
+
+    /// The same for a body that `copy` appends. It is looked at only after that: the original lies
+    /// in memory that others write to (M5).
+    fn encode_copied(
+        &self,
+        copy: impl FnOnce(&mut Vec<u8>),
+        scratch: &mut Vec<u8>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), Reason> {
+        let before = out.len();
+        match self {
+            Wire::Framed(Framing::Raw) => copy(out),
+            Wire::Framed(framing) => {
+                scratch.clear();
+                copy(scratch);
+                return framing.encode(scratch, out);
+            }
+            Wire::Separated(separator) => {
+                copy(out);
+                if separator.is_in(&out[before..]) {
+                    out.truncate(before);
+                    return Err(Reason::Delimiter);
+                }
+                out.extend_from_slice(separator.bytes());
+            }
+        }
+        Ok(())
+    }
 }
 
 /// ENOBUFS: nothing is sent until then.
@@ -137,25 +216,34 @@ impl Upstream {
     /// An upstream without connections.
     pub fn new(index: usize, config: UpstreamConfig, broker: &BrokerLimits, seed: u64) -> Self {
         let protocol = config.url.protocol;
-        let requests_refused = match (protocol, config.url.framing) {
-            (Protocol::UdpWriteOnly, _) => Some(Reason::WriteOnly),
-            (Protocol::Tcp, Framing::Raw) => Some(Reason::NoFraming),
-            (Protocol::Tcp | Protocol::Udp, _) => None,
-        };
+        let requests_refused = config.requests_refused();
         let limits = config.limits.clone();
+        let (wire, coalescer) = match (&config.coalesce, protocol) {
+            (None, Protocol::Tcp) => (Wire::Framed(config.url.framing), None),
+            (None, Protocol::Udp | Protocol::UdpWriteOnly) => (Wire::Framed(Framing::Raw), None),
+            (Some(coalesce), _) => {
+                let separator = coalesce.separator.clone();
+                let separator_bytes = separator.bytes().len();
+                let coalescer =
+                    Coalescer::new(coalesce.max_bytes, coalesce.max_delay, separator_bytes);
+                (Wire::Separated(separator), Some(coalescer))
+            }
+        };
+        let settings = PoolSettings { protocol, limits, requests_refused, coalescer, seed };
+        let pool = Pool::new(settings);
         Upstream {
-            pool: Pool::new(PoolSettings { protocol, limits, requests_refused, seed }),
+            wire,
+            lanes: (0..pool.lane_count()).map(|_| LaneIo::default()).collect(),
+            pool,
             config,
             index,
-            send_buffer: SendBuffer::default(),
             scratch: Vec::new(),
             sockets: SecondaryMap::new(),
             bodies: SecondaryMap::new(),
             blocked: Vec::new(),
             unread: Vec::new(),
             udp: udp::Sender::new(),
-            is_retry: false,
-            pause: None,
+            replies: udp::Receiver::new(),
             nobuf_backoff: (broker.nobuf_backoff_min, broker.nobuf_backoff_max),
             icmp_refused: 0,
             redelivered: 0,
@@ -164,12 +252,30 @@ impl Upstream {
 
     /// When [`Upstream::handle_timeout`] is due.
     pub fn next_deadline(&self) -> Option<Time> {
-        self.pool.next_deadline().into_iter().chain(self.pause.map(|pause| pause.until)).min()
+        let pauses = self.lanes.iter().filter_map(|lane| lane.pause).map(|pause| pause.until);
+        self.pool.next_deadline().into_iter().chain(pauses).min()
     }
 
     /// Whether there is work that no event will announce.
     pub fn has_work(&self) -> bool {
-        !self.unread.is_empty() || (self.pause.is_none() && self.writable_one_way().is_some())
+        !self.unread.is_empty() || self.has_to_send(1)
+    }
+
+    /// Whether some lane can send a full batch now: to wait for more would not make it cheaper. A
+    /// stream has no batches, and takes the more at once the longer it is left alone.
+    pub fn wants_work(&self) -> bool {
+        match self.config.url.protocol {
+            Protocol::Tcp => false,
+            Protocol::Udp | Protocol::UdpWriteOnly => self.has_to_send(udp::BATCH_MAX as u64),
+        }
+    }
+
+    fn has_to_send(&self, messages_min: u64) -> bool {
+        (0..self.lanes.len()).any(|lane| {
+            self.pool.outbox(lane).ready_messages() >= messages_min
+                && self.lanes[lane].pause.is_none()
+                && self.writable_one_way(lane).is_some()
+        })
     }
 
     /// Whether no connection is left.
@@ -179,32 +285,27 @@ impl Upstream {
 
     // From sources.
 
-    /// Stages one one-way message; `is_line` says that it was cut from lines.
-    pub fn push(&mut self, body: &[u8], is_line: bool) -> Push {
-        self.stage(body.len(), |framing, _, out| match is_line {
-            true => framing.encode_line(body, out),
-            false => framing.encode(body, out),
-        })
+    /// Stages one one-way message of `source`; `is_line` says that it was cut from lines.
+    pub fn push(&mut self, source: SourceId, body: &[u8], is_line: bool) -> Push {
+        self.stage(source, body.len(), |wire, _, out| wire.encode(body, is_line, out))
     }
 
     /// Stages one one-way message of `len` bytes that `copy` appends from memory that others write
     /// to: checks run on the copy, and the copy is sent (M5).
-    pub fn push_copied(&mut self, len: usize, copy: impl Fn(&mut Vec<u8>)) -> Push {
-        self.stage(len, |framing, scratch, out| {
-            if framing == Framing::Raw {
-                copy(out);
-                return Ok(());
-            }
-            scratch.clear();
-            copy(scratch);
-            framing.encode(scratch, out)
-        })
+    pub fn push_copied(
+        &mut self,
+        source: SourceId,
+        len: usize,
+        copy: impl FnOnce(&mut Vec<u8>),
+    ) -> Push {
+        self.stage(source, len, |wire, scratch, out| wire.encode_copied(copy, scratch, out))
     }
 
     fn stage(
         &mut self,
+        source: SourceId,
         len: usize,
-        encode: impl Fn(Framing, &mut Vec<u8>, &mut Vec<u8>) -> Result<(), Reason>,
+        encode: impl FnOnce(&Wire, &mut Vec<u8>, &mut Vec<u8>) -> Result<(), Reason>,
     ) -> Push {
         if len == 0 {
             return Push::Refused(Reason::Empty);
@@ -212,33 +313,31 @@ impl Upstream {
         if len > self.config.limits.message_bytes_max {
             return Push::Refused(Reason::TooLong);
         }
-        let framing = self.wire_framing();
-        let bytes = len + framing.overhead_bytes();
-        if !self.pool.has_room(bytes) {
-            match self.config.overflow {
-                Overflow::Block => return Push::Full,
-                Overflow::DropNewest => return Push::Dropped,
-                Overflow::DropOldest => {
-                    // A message that never gets in drops nobody else's.
-                    if let Err(reason) = encode(framing, &mut self.scratch, &mut Vec::new()) {
-                        return Push::Refused(reason);
-                    }
-                    while !self.pool.has_room(bytes) {
-                        let Some((skip, bytes)) = self.pool.drop_oldest() else {
-                            return Push::Dropped;
-                        };
-                        self.send_buffer.cut(skip, bytes);
-                    }
+        let has_room = self.pool.has_room(len + self.wire.overhead_bytes());
+        match self.config.overflow {
+            Overflow::Block if !has_room => return Push::Full,
+            Overflow::DropNewest if !has_room => return Push::Dropped,
+            Overflow::Block | Overflow::DropNewest | Overflow::DropOldest => {}
+        }
+        let lane = self.pool.lane_of(source);
+        let send_buffer = &mut self.lanes[lane].send_buffer;
+        let encoded = send_buffer.append(|out| encode(&self.wire, &mut self.scratch, out));
+        let bytes = match encoded {
+            Ok(bytes) => bytes,
+            Err(reason) => return Push::Refused(reason),
+        };
+        // Only now: a message that never gets in drops nobody else's.
+        while !has_room && !self.pool.has_room(bytes) {
+            match self.pool.drop_oldest() {
+                Some((lane, skip, bytes)) => self.lanes[lane].send_buffer.cut(skip, bytes),
+                None => {
+                    self.lanes[lane].send_buffer.take_back(bytes);
+                    return Push::Dropped;
                 }
             }
         }
-        match self.send_buffer.append(|out| encode(framing, &mut self.scratch, out)) {
-            Ok(bytes) => {
-                self.pool.stage(bytes);
-                Push::Staged
-            }
-            Err(reason) => Push::Refused(reason),
-        }
+        self.pool.stage(lane, bytes);
+        Push::Staged
     }
 
     /// `messages` of those accepted may have been sent by an earlier broker.
@@ -275,7 +374,7 @@ impl Upstream {
         let mut bytes = Vec::new();
         let encoded = match refused {
             Some(reason) => Err(reason),
-            None => self.wire_framing().encode(body, &mut bytes),
+            None => self.request_framing().encode(body, &mut bytes),
         };
         if let Err(reason) = encoded {
             self.pool.refuse_request(reason);
@@ -329,9 +428,12 @@ impl Upstream {
 
     /// Deadlines have come.
     pub fn handle_timeout(&mut self, now: Time) {
-        // Only datagrams pause; the length of the last pause is the measure of the next one.
-        if let Some(pause) = self.pause.take_if(|pause| pause.until <= now) {
-            self.send_datagrams(now, pause.length);
+        for lane in 0..self.lanes.len() {
+            // Only datagrams pause; the length of the last pause is the measure of the next one.
+            let pause = &mut self.lanes[lane].pause;
+            if let Some(pause) = pause.take_if(|pause| pause.until <= now) {
+                self.send_datagrams(now, lane, pause.length);
+            }
         }
         self.pool.handle_timeout(now);
     }
@@ -342,12 +444,15 @@ impl Upstream {
             self.read(cx, conn);
         }
         self.carry_out(cx);
-        match self.config.url.protocol {
-            Protocol::Tcp => self.send_stream(cx.now),
-            Protocol::Udp | Protocol::UdpWriteOnly if self.pause.is_none() => {
-                self.send_datagrams(cx.now, Duration::ZERO);
+        self.pool.catch_up(cx.now);
+        for lane in 0..self.lanes.len() {
+            match self.config.url.protocol {
+                Protocol::Tcp => self.send_stream(cx.now, lane),
+                Protocol::Udp | Protocol::UdpWriteOnly if self.lanes[lane].pause.is_none() => {
+                    self.send_datagrams(cx.now, lane, Duration::ZERO);
+                }
+                Protocol::Udp | Protocol::UdpWriteOnly => {}
             }
-            Protocol::Udp | Protocol::UdpWriteOnly => {}
         }
         self.carry_out(cx);
         if !self.blocked.is_empty() && self.pool.has_room_again() {
@@ -454,14 +559,11 @@ impl Upstream {
                         self.pool.handle_lost(cx.now, conn, Reason::PeerReset, false);
                     }
                 }
-                Action::Retire { conn } => {
-                    if let Some(socket) = self.sockets.get_mut(conn) {
-                        socket.discard = udp::make_deaf(&socket.fd);
-                        socket.drops_seen = sockopt::mem_info(&socket.fd).map_or(0, |i| i.drops);
-                    }
-                }
+                Action::Retire { conn } => self.retire(conn),
                 Action::Close { conn, reason } => self.close(cx, conn, reason),
-                Action::Discard { skip, bytes } => self.send_buffer.cut(skip, bytes),
+                Action::Discard { lane, skip, bytes } => {
+                    self.lanes[lane].send_buffer.cut(skip, bytes);
+                }
                 Action::Settle { source, settled, messages } => {
                     cx.sources.settle(source, self.index, settled, messages);
                 }
@@ -474,6 +576,9 @@ impl Upstream {
         let opened = if is_tcp {
             tcp::start_connect(remote, &self.config.limits).map(|fd| (fd, Discard::None))
         } else {
+            if role != Role::Exchange {
+                self.udp.forget_route();
+            }
             udp::open(remote, role == Role::Exchange)
         };
         let opened = opened.and_then(|(fd, discard)| {
@@ -556,6 +661,27 @@ impl Upstream {
             }
         }
         self.pool.handle_closed(cx.now, conn, unacknowledged);
+    }
+
+    /// Nothing that comes from now on is read; what came before is counted here.
+    fn retire(&mut self, conn: ConnId) {
+        let Some(socket) = self.sockets.get_mut(conn) else {
+            return;
+        };
+        // Before the filter, so that none of its drops is missed.
+        socket.drops_seen = sockopt::mem_info(&socket.fd).map_or(0, |info| info.drops);
+        socket.discard = udp::make_deaf(&socket.fd);
+        for _ in 0..READS_MAX {
+            let Ok((count, is_readable)) = self.replies.receive(&socket.fd) else {
+                return;
+            };
+            if let Some(record) = self.pool.conn_mut(conn) {
+                record.replies_discarded += count as u64;
+            }
+            if !is_readable {
+                return;
+            }
+        }
     }
 
     fn refresh_discard(&mut self, conn: ConnId) {
@@ -663,7 +789,7 @@ impl Upstream {
             }
             let takes_more = match self.config.url.protocol {
                 Protocol::Tcp => self.read_stream(cx, conn),
-                Protocol::Udp | Protocol::UdpWriteOnly => self.read_datagram(cx, conn),
+                Protocol::Udp | Protocol::UdpWriteOnly => self.read_datagrams(cx, conn),
             };
             if !takes_more {
                 return;
@@ -743,7 +869,7 @@ impl Upstream {
                         return None;
                     }
                 }
-                Cut::Refused { reason: _, consumed } if role == Role::OneWay => {
+                Cut::Refused { reason: _, consumed } if role != Role::Exchange => {
                     buffer.consume(consumed);
                     self.pool.conn_mut(conn)?.replies_discarded += 1;
                 }
@@ -754,8 +880,8 @@ impl Upstream {
         }
     }
 
-    /// Reads one datagram; whether to read again.
-    fn read_datagram(&mut self, cx: &mut Context<'_>, conn: ConnId) -> bool {
+    /// Reads what one call gives; whether to read again.
+    fn read_datagrams(&mut self, cx: &mut Context<'_>, conn: ConnId) -> bool {
         let Some(socket) = self.sockets.get_mut(conn) else {
             return false;
         };
@@ -763,41 +889,37 @@ impl Upstream {
             socket.is_readable = false;
             return false;
         }
-        let mut buffer = cx.spares.take();
-        let lost = match udp::receive(&socket.fd, buffer.room()) {
-            Ok(bytes) => {
-                buffer.fill(bytes);
+        let mut lost = None;
+        match self.replies.receive(&socket.fd) {
+            Ok((count, is_readable)) => {
+                socket.is_readable = is_readable;
                 let discards = socket.discard == Discard::Drain;
-                let exchange = socket.exchange.take_if(|exchange| exchange.is_begun());
-                let holder = exchange.and_then(|_| self.pool.holder(conn));
-                if let Some(record) = self.pool.conn_mut(conn) {
-                    record.bytes_in += bytes as u64;
-                    record.replies_discarded += u64::from(discards || holder.is_none());
-                }
-                match holder {
-                    _ if discards => None,
-                    None => Some(Reason::Unsolicited),
-                    Some(owner) => {
-                        let body = buffer.unread();
-                        let deliverable = cx.sources.can_take(owner, body);
-                        let owner =
-                            self.pool.handle_reply(cx.now, conn, After::Nothing, deliverable);
-                        if let Some(owner) = owner {
-                            cx.sources.reply(owner, body);
+                for body in (0..count).map(|index| self.replies.datagram(index)) {
+                    let exchange = socket.exchange.take_if(|exchange| exchange.is_begun());
+                    let holder = exchange.and_then(|_| self.pool.holder(conn));
+                    if let Some(record) = self.pool.conn_mut(conn) {
+                        record.bytes_in += body.len() as u64;
+                        record.replies_discarded += u64::from(discards || holder.is_none());
+                    }
+                    match holder {
+                        _ if discards => {}
+                        None => lost = Some(Reason::Unsolicited),
+                        Some(owner) => {
+                            let deliverable = cx.sources.can_take(owner, body);
+                            let owner =
+                                self.pool.handle_reply(cx.now, conn, After::Nothing, deliverable);
+                            if let Some(owner) = owner {
+                                cx.sources.reply(owner, body);
+                            }
                         }
-                        None
                     }
                 }
             }
-            Err(Errno::AGAIN) => {
-                socket.is_readable = false;
-                None
-            }
-            Err(Errno::INTR) => None,
+            Err(Errno::AGAIN) => socket.is_readable = false,
+            Err(Errno::INTR) => {}
             // Reported for a datagram of this socket, which then carries a request or is idle.
-            Err(error) => self.pool.holder(conn).map(|_| broken(error)),
-        };
-        cx.spares.put_back(buffer);
+            Err(error) => lost = self.pool.holder(conn).map(|_| broken(error)),
+        }
         if let Some(reason) = lost {
             self.lose(cx.now, conn, reason);
         }
@@ -806,7 +928,7 @@ impl Upstream {
 
     // Sending one-way messages.
 
-    fn wire_framing(&self) -> Framing {
+    fn request_framing(&self) -> Framing {
         match self.config.url.protocol {
             Protocol::Tcp => self.config.url.framing,
             // A datagram is its own message.
@@ -814,22 +936,23 @@ impl Upstream {
         }
     }
 
-    fn writable_one_way(&self) -> Option<ConnId> {
-        let conn = self.pool.sending_conn()?;
+    fn writable_one_way(&self, lane: usize) -> Option<ConnId> {
+        let conn = self.pool.sending_conn(lane)?;
         self.sockets.get(conn)?.is_writable.then_some(conn)
     }
 
-    fn send_stream(&mut self, now: Time) {
-        while let Some(conn) = self.writable_one_way()
+    fn send_stream(&mut self, now: Time, lane: usize) {
+        while let Some(conn) = self.writable_one_way(lane)
             && let Some(socket) = self.sockets.get_mut(conn)
         {
-            let written = self.pool.outbox().front_written();
-            let unsent = &self.send_buffer.unsent()[written..];
+            let send_buffer = &mut self.lanes[lane].send_buffer;
+            let written = self.pool.outbox(lane).front_written();
+            let unsent = &send_buffer.unsent()[written..];
             match tcp::write(&socket.fd, unsent) {
                 Ok(bytes) => {
                     socket.is_writable = bytes == unsent.len();
                     let done = self.pool.handle_written(now, conn, bytes);
-                    self.send_buffer.consume(done);
+                    send_buffer.consume(done);
                 }
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => socket.is_writable = false,
@@ -838,30 +961,36 @@ impl Upstream {
         }
     }
 
-    fn send_datagrams(&mut self, now: Time, mut last_pause: Duration) {
+    fn send_datagrams(&mut self, now: Time, lane: usize, mut last_pause: Duration) {
+        let gap = self.wire.gap();
         for _ in 0..BATCHES_MAX {
-            let Some(conn) = self.writable_one_way() else {
+            let Some(conn) = self.writable_one_way(lane) else {
                 return;
             };
             let Some(socket) = self.sockets.get_mut(conn) else {
                 return;
             };
-            let lens = self.pool.outbox().unsent_lens();
-            let result = self.udp.send(&socket.fd, self.send_buffer.unsent(), lens);
+            let mut lens = [0; udp::BATCH_MAX];
+            let count = self.pool.outbox(lane).next_datagrams(&mut lens);
+            if count == 0 {
+                return;
+            }
+            let LaneIo { send_buffer, is_retry, pause } = &mut self.lanes[lane];
+            let result = self.udp.send(&socket.fd, send_buffer.unsent(), &lens[..count], gap);
             let done = match result {
-                Ok(messages) => self.pool.handle_sent(now, conn, messages),
+                Ok(datagrams) => self.pool.handle_sent(now, conn, datagrams),
                 Err(Unsent::WouldBlock) => {
                     socket.is_writable = false;
                     return;
                 }
-                Err(Unsent::Refused) if !self.is_retry => {
-                    self.is_retry = true;
+                Err(Unsent::Refused) if !*is_retry => {
+                    *is_retry = true;
                     continue;
                 }
                 Err(Unsent::NoBuffers) if last_pause < self.nobuf_backoff.1 => {
                     let (shortest, longest) = self.nobuf_backoff;
                     let length = (last_pause * 2).clamp(shortest, longest);
-                    self.pause = Some(Pause { until: now + length, length });
+                    *pause = Some(Pause { until: now + length, length });
                     return;
                 }
                 Err(unsent) => {
@@ -874,13 +1003,53 @@ impl Upstream {
                     self.pool.handle_unsendable(now, conn, reason)
                 }
             };
-            self.is_retry = false;
+            *is_retry = false;
             last_pause = Duration::ZERO;
-            self.send_buffer.consume(done);
+            send_buffer.consume(done);
         }
     }
 }
 
 fn local_address(fd: &OwnedFd) -> Option<SocketAddr> {
     SocketAddr::try_from(rustix::net::getsockname(fd).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn copied(wire: &Wire, body: &[u8]) -> (Result<(), Reason>, Vec<u8>) {
+        let mut out = b"before".to_vec();
+        let copy = |out: &mut Vec<u8>| out.extend_from_slice(body);
+        let result = wire.encode_copied(copy, &mut b"scratch".to_vec(), &mut out);
+        (result, out)
+    }
+
+    #[test]
+    fn a_copy_is_checked_like_the_body_itself_and_taken_away_again_if_it_is_refused() {
+        let wires = [
+            Wire::Framed(Framing::Raw),
+            Wire::Framed(Framing::Lines),
+            Wire::Framed(Framing::Crlf),
+            Wire::Separated(Separator::new(b"\n")),
+            Wire::Separated(Separator::new(b"::")),
+            Wire::Separated(Separator::new(b"")),
+        ];
+        for wire in &wires {
+            for body in [&b"one"[..], b"a\nb", b"a::b", b"a:", b"\r"] {
+                let mut out = b"before".to_vec();
+                let result = wire.encode(body, false, &mut out);
+                assert_eq!(copied(wire, body), (result, out.clone()), "{wire:?} {body:?}");
+                match result {
+                    Ok(()) => assert_eq!(out.len(), 6 + body.len() + wire.overhead_bytes()),
+                    Err(reason) => {
+                        assert_eq!((reason, &out[..]), (Reason::Delimiter, &b"before"[..]))
+                    }
+                }
+            }
+        }
+        assert_eq!(copied(&wires[3], b"a\nFORGED").0, Err(Reason::Delimiter));
+        assert_eq!(copied(&wires[4], b"a:").0, Err(Reason::Delimiter));
+        assert_eq!(copied(&wires[0], b"a\nb").0, Ok(()));
+    }
 }
