@@ -17,9 +17,11 @@ use slotmap::{Key, KeyData, SlotMap, new_key_type};
 
 use crate::config::EVENTS_MAX;
 
+/// What is asked of a datagram socket that has room; the other end and errors show anyway.
+const INPUT: EventFlags = EventFlags::IN.union(EventFlags::ET);
+
 /// What is asked of a source or connection.
-const WATCHED: EventFlags =
-    EventFlags::IN.union(EventFlags::OUT).union(EventFlags::RDHUP).union(EventFlags::ET);
+const WATCHED: EventFlags = INPUT.union(EventFlags::OUT).union(EventFlags::RDHUP);
 
 new_key_type! {
     /// One registration.
@@ -93,7 +95,18 @@ impl<T: Copy> Poller<T> {
 
     /// Watches an eventfd that nobody reads, by edges: one event per write (E6c).
     pub fn watch_doorbell(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
-        self.add(fd, target, EventFlags::IN | EventFlags::ET)
+        self.add(fd, target, INPUT)
+    }
+
+    /// Watches a datagram socket for reading, by edges. Room to write would be reported for each
+    /// datagram that leaves it.
+    pub fn watch_datagrams(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
+        self.add(fd, target, INPUT)
+    }
+
+    /// Watches a datagram socket for room, too, or not any more; room that is there is reported.
+    pub fn set_room_watched(&self, fd: impl AsFd, token: Token, is_watched: bool) {
+        self.modify(fd, token, if is_watched { WATCHED } else { INPUT });
     }
 
     /// Takes a source out of the kernel's watch, or puts it in again, when what it holds already is
@@ -125,9 +138,14 @@ impl<T: Copy> Poller<T> {
     /// Stops or resumes watching a listener.
     pub fn set_listening(&self, fd: impl AsFd, token: Token, is_listening: bool) {
         let flags = if is_listening { EventFlags::IN } else { EventFlags::empty() };
+        self.modify(fd, token, flags);
+    }
+
+    fn modify(&self, fd: impl AsFd, token: Token, flags: EventFlags) {
         let data = EventData::new_u64(token.data().as_ffi());
+        // Fails only if the descriptor was never added.
         if let Err(error) = modify(&self.epoll, fd, data, flags) {
-            tracing::error!(%error, "a listener could not be paused or resumed");
+            tracing::error!(%error, "what is watched for could not be changed");
         }
     }
 

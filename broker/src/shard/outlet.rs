@@ -77,6 +77,8 @@ pub struct Upstream {
     blocked: Vec<SourceId>,
     /// Connections with more to read than one turn allows.
     unread: Vec<ConnId>,
+    /// Connections that took no more when they were written to.
+    full: Vec<ConnId>,
     udp: udp::Sender,
     replies: udp::Receiver,
     nobuf_backoff: (Duration, Duration),
@@ -177,6 +179,8 @@ struct Socket {
     is_connected: bool,
     is_readable: bool,
     is_writable: bool,
+    /// A datagram socket that was full, and is watched for room.
+    waits_for_room: bool,
     is_ending: bool,
     discard: Discard,
     drops_seen: u32,
@@ -242,6 +246,7 @@ impl Upstream {
             bodies: SecondaryMap::new(),
             blocked: Vec::new(),
             unread: Vec::new(),
+            full: Vec::new(),
             udp: udp::Sender::new(),
             replies: udp::Receiver::new(),
             nobuf_backoff: (broker.nobuf_backoff_min, broker.nobuf_backoff_max),
@@ -401,6 +406,10 @@ impl Upstream {
             return;
         };
         socket.is_writable |= readiness.is_writable();
+        if socket.waits_for_room && readiness.is_writable() {
+            socket.waits_for_room = false;
+            cx.poller.set_room_watched(&socket.fd, socket.token, false);
+        }
         socket.is_readable |= readiness.is_readable();
         socket.is_ending |= readiness.is_ending();
         if !socket.is_connected {
@@ -455,9 +464,23 @@ impl Upstream {
             }
         }
         self.carry_out(cx);
+        self.await_room(cx);
         if !self.blocked.is_empty() && self.pool.has_room_again() {
             for source in self.blocked.drain(..) {
                 cx.sources.unblock(source);
+            }
+        }
+    }
+
+    /// Watches the datagram sockets that were full for room; streams are watched for it always.
+    fn await_room(&mut self, cx: &mut Context<'_>) {
+        for conn in self.full.drain(..) {
+            if self.config.url.protocol != Protocol::Tcp
+                && let Some(socket) = self.sockets.get_mut(conn)
+                && !socket.waits_for_room
+            {
+                socket.waits_for_room = true;
+                cx.poller.set_room_watched(&socket.fd, socket.token, true);
             }
         }
     }
@@ -582,7 +605,11 @@ impl Upstream {
             udp::open(remote, role == Role::Exchange)
         };
         let opened = opened.and_then(|(fd, discard)| {
-            let token = cx.poller.watch(&fd, Target::Conn { upstream: self.index, conn })?;
+            let target = Target::Conn { upstream: self.index, conn };
+            let token = match is_tcp {
+                true => cx.poller.watch(&fd, target)?,
+                false => cx.poller.watch_datagrams(&fd, target)?,
+            };
             Ok((fd, discard, token))
         });
         let (fd, discard, token) = match opened {
@@ -605,6 +632,7 @@ impl Upstream {
                 is_connected: !is_tcp,
                 is_readable: false,
                 is_writable: !is_tcp,
+                waits_for_room: false,
                 is_ending: false,
                 discard,
                 drops_seen: 0,
@@ -728,7 +756,10 @@ impl Upstream {
                     }
                 }
                 Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => socket.is_writable = false,
+                Err(Errno::AGAIN) => {
+                    socket.is_writable = false;
+                    self.full.push(conn);
+                }
                 // The error of an earlier datagram on this socket (E10).
                 Err(Errno::CONNREFUSED) if !is_retry => is_retry = true,
                 Err(error) => return self.lose(now, conn, broken(error)),
@@ -981,6 +1012,7 @@ impl Upstream {
                 Ok(datagrams) => self.pool.handle_sent(now, conn, datagrams),
                 Err(Unsent::WouldBlock) => {
                     socket.is_writable = false;
+                    self.full.push(conn);
                     return;
                 }
                 Err(Unsent::Refused) if !*is_retry => {
