@@ -50,11 +50,12 @@ impl Attached {
     ///
     /// # Errors
     /// [`Error::TimedOut`] at the deadline; the broker goes on reading, and the call may be made
-    /// again. [`Error::Disconnected`] when the client's session ended first.
+    /// again. [`Error::Disconnected`] when the client's session ended first, or
+    /// over a ring the broker that read the descriptor.
     pub fn wait(&self, deadline: impl Into<Deadline>) -> Result<Detached, Error> {
         match self.end.get() {
             Some(end) => Ok(end.clone()),
-            None => self.client.lock().wait_detached(self.session, &self.end, deadline.into()),
+            None => self.client.lock()?.wait_detached(self.session, &self.end, deadline.into()),
         }
     }
 }

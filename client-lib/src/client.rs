@@ -1,24 +1,25 @@
 //! A session with a broker: connecting, opening upstreams, replies of submitted requests.
 
 use std::fmt;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use poolbroker_proto::address::{UpstreamUrl, check_upstream_name};
 use poolbroker_proto::message::{ClientMessage, Retry};
+use poolbroker_proto::ring::ForkMark;
 use poolbroker_proto::runtime_dir::RuntimeDir;
-use rustix::io::Errno;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 
 use crate::deadline::Deadline;
+use crate::dial::dial;
 use crate::error::Error;
 use crate::reply::Reply;
+use crate::ring_link::RingLink;
 use crate::session::Session;
+use crate::transport::Transport;
 use crate::upstream::Upstream;
 
 /// How long connecting and the handshake may take together. A broker answers within one turn of its
@@ -36,9 +37,20 @@ pub struct Client {
 }
 
 struct Inner {
-    socket: Arc<UnixStream>,
-    id: u64,
+    /// What a forked child finds wiped. Before the lock, which a thread may hold that only the
+    /// parent has.
+    fork_mark: Option<ForkMark>,
     session: Mutex<Session>,
+    descriptor: Descriptor,
+    id: Arc<AtomicU64>,
+    transport: Transport,
+}
+
+/// What poll(2) watches.
+enum Descriptor {
+    Socket(Arc<UnixStream>),
+    /// The sockets of one broker after the other.
+    Watch(Arc<OwnedFd>),
 }
 
 impl Client {
@@ -48,7 +60,24 @@ impl Client {
     /// # Errors
     /// As [`Client::connect_in`], and [`Error::RuntimeDir`] when `XDG_RUNTIME_DIR` is not set.
     pub fn connect() -> Result<Client, Error> {
-        Client::connect_to(&RuntimeDir::resolve(None)?)
+        Client::connect_with(Transport::Unix)
+    }
+
+    /// As [`Client::connect`], over this transport.
+    ///
+    /// A client over a ring outlives its broker: after a crash or a restart its calls look for the
+    /// next one in the same directory, and what stands in the ring goes there. A request that the
+    /// dead broker may have begun fails with [`Retry::MaybeExecuted`]; the others wait for the next
+    /// one. Only when that refuses the ring has the session ended.
+    ///
+    /// In a process forked from the one that connected, every call of the client and of what was
+    /// opened with it fails with [`Error::Forked`].
+    ///
+    /// # Errors
+    /// As [`Client::connect`]; [`Error::RingTooLarge`]; [`Error::Refused`] also when the broker has
+    /// no memory for the ring by its quotas; [`Error::Io`] when it cannot be mapped.
+    pub fn connect_with(transport: Transport) -> Result<Client, Error> {
+        Client::connect_to(&RuntimeDir::resolve(None)?, transport)
     }
 
     /// Connects to the broker that serves in `runtime_dir`. Takes at most 5 s.
@@ -69,19 +98,34 @@ impl Client {
     /// [`Error::VersionMismatch`]; [`Error::Refused`] when the broker takes no more sessions;
     /// [`Error::TimedOut`] when it is stopped.
     pub fn connect_in(runtime_dir: impl AsRef<Path>) -> Result<Client, Error> {
-        Client::connect_to(&RuntimeDir::resolve(Some(runtime_dir.as_ref()))?)
+        Client::connect_in_with(runtime_dir, Transport::Unix)
     }
 
-    /// The id of the session, as `poolbroker status` shows it.
+    /// As [`Client::connect_with`], to the broker that serves in `runtime_dir`.
+    ///
+    /// # Errors
+    /// As [`Client::connect_with`].
+    pub fn connect_in_with(
+        runtime_dir: impl AsRef<Path>,
+        transport: Transport,
+    ) -> Result<Client, Error> {
+        Client::connect_to(&RuntimeDir::resolve(Some(runtime_dir.as_ref()))?, transport)
+    }
+
+    /// The id of the session, as `poolbroker status` shows it. Over a ring it changes with the
+    /// broker.
     #[must_use]
     pub fn session(&self) -> u64 {
-        self.inner.id
+        // ORDER: relaxed; it tells of nothing but itself.
+        self.inner.id.load(Ordering::Relaxed)
     }
 
-    /// Sets how long a call waits for room in the socket to the broker, and for the answer of the
+    /// Sets how long a call waits for room in the socket to the broker or in the ring, and for the answer of the
     /// broker where the call takes no deadline. 30 s unless set.
     pub fn set_send_timeout(&self, timeout: Duration) {
-        self.lock().set_send_timeout(timeout);
+        if let Ok(mut session) = self.lock() {
+            session.set_send_timeout(timeout);
+        }
     }
 
     /// Opens a configured upstream. Opening a name again costs nothing and gives the same handle.
@@ -92,7 +136,7 @@ impl Client {
     pub fn upstream(&self, name: &str) -> Result<Upstream, Error> {
         check_upstream_name(name).map_err(|problem| Error::InvalidName { problem })?;
         let message = ClientMessage::Open { name: name.into() };
-        let description = self.lock().open(name, &message)?;
+        let description = self.lock()?.open(name, &message)?;
         Ok(Upstream::new(self.clone(), description))
     }
 
@@ -105,7 +149,7 @@ impl Client {
     pub fn open(&self, url: &str) -> Result<Upstream, Error> {
         let url = url.parse::<UpstreamUrl>()?.to_string();
         let message = ClientMessage::OpenUrl { url: url.clone() };
-        let description = self.lock().open(&url, &message)?;
+        let description = self.lock()?.open(&url, &message)?;
         Ok(Upstream::new(self.clone(), description))
     }
 
@@ -139,7 +183,7 @@ impl Client {
     /// `deadline`; [`Error::Disconnected`] when the session has ended and every reply was taken.
     /// How a request failed stands in [`Reply::result`].
     pub fn next_reply(&self, deadline: impl Into<Deadline>) -> Result<Reply, Error> {
-        self.lock().next_reply(deadline.into())
+        self.lock()?.next_reply(deadline.into())
     }
 
     /// The next reply that is there already; does not wait.
@@ -152,73 +196,83 @@ impl Client {
     /// # Errors
     /// [`Error::Disconnected`] when the session has ended and every reply was taken.
     pub fn try_next_reply(&self) -> Result<Option<Reply>, Error> {
-        self.lock().try_next_reply()
+        self.lock()?.try_next_reply()
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Session> {
+    /// The session, for one call.
+    ///
+    /// # Errors
+    /// [`Error::Forked`].
+    #[inline]
+    pub(crate) fn lock(&self) -> Result<MutexGuard<'_, Session>, Error> {
+        if self.inner.fork_mark.as_ref().is_some_and(ForkMark::is_in_child) {
+            return Err(Error::Forked);
+        }
         // No code of a caller runs under the lock, and no step of a session can panic half-way
         // but by a defect: better a session that may be wrong than a second panic.
-        self.inner.session.lock().unwrap_or_else(PoisonError::into_inner)
+        Ok(self.inner.session.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    fn connect_to(runtime_dir: &RuntimeDir) -> Result<Client, Error> {
+    /// How this client talks to its broker.
+    pub(crate) fn transport(&self) -> Transport {
+        self.inner.transport
+    }
+
+    fn connect_to(runtime_dir: &RuntimeDir, transport: Transport) -> Result<Client, Error> {
+        let transport = transport.rounded()?;
         let deadline = Deadline::after(CONNECT_TIMEOUT);
-        let socket = Arc::new(dial(runtime_dir.client_socket(), deadline)?);
-        let (session, id) = Session::start(Arc::clone(&socket), deadline)?;
-        Ok(Client { inner: Arc::new(Inner { socket, id, session: Mutex::new(session) }) })
+        let path = runtime_dir.client_socket();
+        let socket = dial(&path, deadline)?;
+        let inner = match transport {
+            Transport::Unix => {
+                let socket = Arc::new(socket);
+                let (session, id) = Session::start(Arc::clone(&socket), deadline)?;
+                Inner {
+                    fork_mark: None,
+                    session: Mutex::new(session),
+                    descriptor: Descriptor::Socket(socket),
+                    id: Arc::new(AtomicU64::new(id)),
+                    transport,
+                }
+            }
+            Transport::Ring { bytes } => {
+                let fork_mark = ForkMark::set().map_err(|source| Error::Io {
+                    call: "marking this process".to_owned(),
+                    source,
+                    retry: Retry::NotSent,
+                })?;
+                let ring = RingLink::open(socket, path, bytes, deadline)?;
+                Inner {
+                    fork_mark: Some(fork_mark),
+                    descriptor: Descriptor::Watch(ring.watch()),
+                    id: ring.id(),
+                    session: Mutex::new(Session::over_ring(ring)),
+                    transport,
+                }
+            }
+        };
+        Ok(Client { inner: Arc::new(inner) })
     }
 }
 
 impl AsFd for Client {
-    /// The socket to the broker, for poll(2): readable when [`Client::try_next_reply`] may find
-    /// something. Reading from or writing to it breaks the session.
+    /// What poll(2) finds readable when [`Client::try_next_reply`] may find something. It stays the
+    /// same as long as the client lives. Reading from or writing to it breaks the session.
+    ///
+    /// Over a ring it speaks up for what arrives after a [`Client::try_next_reply`] that gave
+    /// `None`, and for the end of the broker; while no broker is there it keeps silent, so call
+    /// [`Client::try_next_reply`] from time to time to have the next one looked for.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inner.socket.as_fd()
+        match &self.inner.descriptor {
+            Descriptor::Socket(socket) => socket.as_fd(),
+            Descriptor::Watch(watch) => watch.as_fd(),
+        }
     }
 }
 
 impl fmt::Debug for Client {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Client").field("session", &self.inner.id).finish_non_exhaustive()
-    }
-}
-
-/// Connects to a broker's socket.
-fn dial(path: PathBuf, deadline: Deadline) -> Result<UnixStream, Error> {
-    match try_dial(&path, deadline) {
-        Ok(socket) => Ok(socket),
-        Err(Errno::NOENT | Errno::CONNREFUSED) => Err(Error::NoBroker { path }),
-        Err(Errno::ACCESS | Errno::PERM) => Err(Error::PermissionDenied { path }),
-        Err(Errno::AGAIN) => Err(Error::TimedOut {
-            call: format!("connecting to {}", path.display()),
-            why: "the broker accepts no connection; is it stopped?",
-            retry: Retry::NotSent,
-        }),
-        Err(error) => Err(Error::Io {
-            call: format!("connecting to {}", path.display()),
-            source: io::Error::from(error),
-            retry: Retry::NotSent,
-        }),
-    }
-}
-
-fn try_dial(path: &Path, deadline: Deadline) -> Result<UnixStream, Errno> {
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    // connect(2) waits while the listener's backlog is full, which no poll can watch; SO_SNDTIMEO
-    // bounds that wait (socket(7)) and then fails with EAGAIN. Later writes do not block at all.
-    // Zero would mean no bound.
-    let wait = deadline.time_left();
-    let wait = wait.map(|left| left.max(Duration::from_millis(1)));
-    set_socket_timeout(&socket, Timeout::Send, wait)?;
-    let address = SocketAddrUnix::new(path)?;
-    loop {
-        match connect(&socket, &address) {
-            Ok(()) => return Ok(UnixStream::from(socket)),
-            // A signal starts the wait anew: one that keeps coming must not make it endless.
-            Err(Errno::INTR) if deadline.is_over() => return Err(Errno::AGAIN),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error),
-        }
+        f.debug_struct("Client").field("session", &self.session()).finish_non_exhaustive()
     }
 }
 
@@ -263,7 +317,7 @@ mod tests {
         rustix::net::listen(&listener, 0).unwrap();
         let mut accepted = Vec::new();
         let refused = loop {
-            match dial(path.clone(), SHORT.into()) {
+            match dial(&path, SHORT.into()) {
                 Ok(socket) => accepted.push(socket),
                 Err(error) => break error,
             }

@@ -107,6 +107,27 @@ pub enum Error {
     /// [`Client::next_reply`](crate::Client::next_reply) without a submitted request.
     #[error("no request is in flight, so no reply can come: submit one first")]
     NothingInFlight,
+    /// A send that does not wait found no room for the whole message.
+    #[error("there is no room for a message to {upstream:?} now; nothing of it was sent")]
+    Full {
+        /// The name of the upstream.
+        upstream: String,
+    },
+    /// This process was forked from the one that connected by a ring, which stays the parent's:
+    /// two senders would destroy it. Connect again in the child.
+    #[error(
+        "this process was forked from the one that connected, and the ring belongs to the parent; \
+         connect again here"
+    )]
+    Forked,
+    /// A ring of that size cannot be.
+    #[error("a ring of {bytes} bytes is too large: it has {max} at most")]
+    RingTooLarge {
+        /// The size that was asked for, in bytes.
+        bytes: usize,
+        /// The largest one, in bytes.
+        max: usize,
+    },
     /// The deadline passed.
     #[error("{call} timed out: {why}; {}", retry_text(*.retry))]
     TimedOut {
@@ -160,7 +181,10 @@ impl Error {
             | Error::TooLong { .. }
             | Error::WriteOnly { .. }
             | Error::TooManyInFlight { .. }
-            | Error::NothingInFlight => Retry::NotSent,
+            | Error::NothingInFlight
+            | Error::Full { .. }
+            | Error::Forked
+            | Error::RingTooLarge { .. } => Retry::NotSent,
             Error::Refused { failure, .. } | Error::Failed { failure, .. } => failure.retry,
             Error::TimedOut { retry, .. }
             | Error::Disconnected { retry, .. }
@@ -186,6 +210,9 @@ impl Error {
             | Error::PermissionDenied { .. }
             | Error::TooManyInFlight { .. }
             | Error::NothingInFlight
+            | Error::Full { .. }
+            | Error::Forked
+            | Error::RingTooLarge { .. }
             | Error::TimedOut { .. }
             | Error::Io { .. } => None,
         }

@@ -1,10 +1,10 @@
 //! A broker that follows a script: a thread on a socket in a directory of its own, for the tests of
 //! this crate. It speaks frames and knows no rules, so it can also break them.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread::{self, JoinHandle};
 
 use poolbroker_proto::address::Protocol;
@@ -36,9 +36,15 @@ pub(crate) struct FakeBroker {
     script: JoinHandle<()>,
 }
 
-/// The script's side of the one session it serves.
+/// Where a script awaits one session after the other, as brokers do that follow each other.
+pub(crate) struct Door {
+    path: PathBuf,
+    listener: Option<UnixListener>,
+}
+
+/// The script's side of a session it serves.
 pub(crate) struct Script {
-    socket: UnixStream,
+    pub socket: UnixStream,
     incoming: Vec<u8>,
     /// Descriptors that arrived, in order.
     pub descriptors: Vec<OwnedFd>,
@@ -47,14 +53,16 @@ pub(crate) struct Script {
 impl FakeBroker {
     /// Runs `script` on the first session.
     pub fn start(script: impl FnOnce(Script) + Send + 'static) -> FakeBroker {
+        FakeBroker::start_at_door(|mut door| script(door.next()))
+    }
+
+    /// Runs `script` on as many sessions as it takes.
+    pub fn start_at_door(script: impl FnOnce(Door) + Send + 'static) -> FakeBroker {
         let dir = tempfile::tempdir().unwrap();
-        let runtime_dir = RuntimeDir::resolve(Some(dir.path())).unwrap();
-        let listener = UnixListener::bind(runtime_dir.client_socket()).unwrap();
-        let script = thread::spawn(move || {
-            let (socket, _) = listener.accept().unwrap();
-            script(Script { socket, incoming: Vec::new(), descriptors: Vec::new() });
-        });
-        FakeBroker { dir, script }
+        let path = RuntimeDir::resolve(Some(dir.path())).unwrap().client_socket();
+        let mut door = Door { path, listener: None };
+        door.open();
+        FakeBroker { dir, script: thread::spawn(move || script(door)) }
     }
 
     /// Runs `script` after a welcome and the opening of one TCP upstream, and gives that upstream.
@@ -79,9 +87,32 @@ impl FakeBroker {
         Client::connect_in(self.runtime_dir()).unwrap()
     }
 
+    /// Whether the script has ended.
+    pub fn is_over(&self) -> bool {
+        self.script.is_finished()
+    }
+
     /// Waits until the script has ended, and panics if it did.
     pub fn join(self) {
         self.script.join().unwrap();
+    }
+}
+
+impl Door {
+    /// The next session.
+    pub fn next(&mut self) -> Script {
+        let (socket, _) = self.listener.as_ref().unwrap().accept().unwrap();
+        Script { socket, incoming: Vec::new(), descriptors: Vec::new() }
+    }
+
+    /// Lets nobody connect, as if there were no broker.
+    pub fn close(&mut self) {
+        self.listener = None;
+        std::fs::remove_file(&self.path).unwrap();
+    }
+
+    pub fn open(&mut self) {
+        self.listener = Some(UnixListener::bind(&self.path).unwrap());
     }
 }
 
@@ -184,16 +215,20 @@ impl Script {
         self.tell(0, &goodbye);
     }
 
-    fn read(&mut self) -> usize {
+    pub fn read(&mut self) -> usize {
         poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], None).unwrap();
         let mut buffer = [0; 4096];
-        let received = fd::receive(&self.socket, &mut buffer).unwrap();
+        let received = match fd::receive(&self.socket, &mut buffer) {
+            // The client left without reading everything.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return 0,
+            received => received.unwrap(),
+        };
         self.incoming.extend(&buffer[..received.bytes]);
         self.descriptors.extend(received.descriptors);
         received.bytes
     }
 
-    fn write(&mut self, bytes: &[u8]) {
+    pub fn write(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).unwrap();
     }
 }

@@ -37,6 +37,8 @@ pub(crate) enum Answer {
     Reply(Vec<u8>),
     /// To either.
     Failed(Failure),
+    /// None: the broker that had seen the question ended, and another one took over the ring.
+    Lost,
 }
 
 /// How a session ended.
@@ -66,19 +68,42 @@ pub(crate) struct Inbox {
 enum Awaited {
     #[default]
     Nothing,
-    Answer(CorrelationId),
+    Answer(Asked),
     Arrived(Answer),
+}
+
+/// A question, and where it ends in the ring that carries it.
+#[derive(Clone, Copy)]
+struct Asked {
+    id: CorrelationId,
+    end: u64,
 }
 
 struct Submitted {
     upstream: Arc<str>,
     expires: Deadline,
+    end: u64,
 }
+
+/// Where something ends that was not written yet: behind everything that a broker can have seen.
+const UNWRITTEN: u64 = u64::MAX;
 
 impl Inbox {
     /// Awaits the answer with this id, and no other.
     pub fn await_answer(&mut self, id: CorrelationId) {
-        self.awaited = Awaited::Answer(id);
+        self.awaited = Awaited::Answer(Asked { id, end: UNWRITTEN });
+    }
+
+    /// The question or request with this id is in the ring now, up to `end`.
+    pub fn written(&mut self, id: CorrelationId, end: u64) {
+        match &mut self.awaited {
+            Awaited::Answer(asked) if asked.id == id => asked.end = end,
+            Awaited::Answer(_) | Awaited::Arrived(_) | Awaited::Nothing => {
+                if let Some(request) = self.submitted.get_mut(&id) {
+                    request.end = end;
+                }
+            }
+        }
     }
 
     /// Takes the awaited answer once it has arrived.
@@ -92,6 +117,11 @@ impl Inbox {
         }
     }
 
+    /// Whether the awaited answer has arrived and was not taken.
+    pub fn has_answer(&self) -> bool {
+        matches!(self.awaited, Awaited::Arrived(_))
+    }
+
     /// Awaits no answer any more: if it comes, it is dropped.
     pub fn abandon_answer(&mut self) {
         self.awaited = Awaited::Nothing;
@@ -99,7 +129,7 @@ impl Inbox {
 
     /// Awaits the reply to a submitted request until it `expires`.
     pub fn await_reply(&mut self, id: CorrelationId, upstream: Arc<str>, expires: Deadline) {
-        self.submitted.insert(id, Submitted { upstream, expires });
+        self.submitted.insert(id, Submitted { upstream, expires, end: UNWRITTEN });
     }
 
     /// Awaits no reply to this request any more, whether it has arrived or not.
@@ -188,6 +218,25 @@ impl Inbox {
         self.ended = Some(ended);
     }
 
+    /// The broker of a ring has ended as told, but not the session. What it may have seen, up to
+    /// `touched`, gets no answer any more; the rest the next broker will see.
+    pub fn begin_again(&mut self, touched: u64, ended: &Ended) {
+        if matches!(self.awaited, Awaited::Answer(asked) if asked.end <= touched) {
+            self.awaited = Awaited::Arrived(Answer::Lost);
+        }
+        self.give_up(
+            |request| request.end <= touched,
+            |upstream| ended.error(format!("request to {upstream:?}"), Retry::MaybeExecuted),
+        );
+        self.attached.clear();
+    }
+
+    /// Whether the end of an attached session can still be told to `end`.
+    pub fn awaits_detached(&self, session: u64, end: &Arc<OnceLock<Detached>>) -> bool {
+        let slot = self.attached.get(&session);
+        slot.is_some_and(|slot| slot.as_ptr() == Arc::as_ptr(end))
+    }
+
     /// How the session ended, if it has.
     pub fn ended(&self) -> Option<&Ended> {
         self.ended.as_ref()
@@ -214,12 +263,12 @@ impl Inbox {
     }
 
     fn is_awaited(&self, id: CorrelationId) -> bool {
-        matches!(self.awaited, Awaited::Answer(awaited) if awaited == id)
+        matches!(self.awaited, Awaited::Answer(asked) if asked.id == id)
             || self.submitted.contains_key(&id)
     }
 
     fn settle(&mut self, id: CorrelationId, answer: Answer) {
-        if matches!(self.awaited, Awaited::Answer(awaited) if awaited == id) {
+        if matches!(self.awaited, Awaited::Answer(asked) if asked.id == id) {
             self.awaited = Awaited::Arrived(answer);
         } else if let Some(request) = self.submitted.remove(&id) {
             let result = match answer {
@@ -227,6 +276,8 @@ impl Inbox {
                 Answer::Failed(failure) => {
                     Err(Error::Failed { upstream: request.upstream.to_string(), failure })
                 }
+                Answer::Lost => Err(Ended::Closed
+                    .error(format!("request to {:?}", request.upstream), Retry::MaybeExecuted)),
                 Answer::Message(message) => {
                     let ended = Ended::not_understood(&format_args!("{message:?} for a request"));
                     let call = format!("request to {:?}", request.upstream);

@@ -22,7 +22,8 @@
 //!   comes on top, and lasts as long as that thread's own call.
 //! - A message that [`Upstream::send`] accepted is in the socket to the broker; it is never dropped
 //!   silently: [`Upstream::flush`] says what became of it, and after a broker that shut down,
-//!   [`Upstream::not_taken`] says how many it never saw.
+//!   [`Upstream::not_taken`] says how many it never saw. Over a ring ([`Transport::Ring`]) it is in
+//!   shared memory, which the next broker takes over.
 //! - Every [`Error`] says whether the operation may safely be repeated ([`Error::retry`]).
 //!
 //! # Modules
@@ -35,22 +36,39 @@
 //! | `reply` | [`Reply`] and [`CorrelationId`]: requests in flight |
 //! | `deadline` | [`Deadline`] |
 //! | `error` | [`Error`] |
-//! | `session` | the calls that wait: all sequences of reading, writing and waiting |
-//! | `inbox` | what the frames of the broker mean; pure |
-//! | `stream` | the socket and its two buffers |
+//! | `session` | the calls: what each writes, and what it waits for |
+//! | `link` | the way to the broker: a socket, or a ring beside one |
+//! | `stream_link`, `ring_link` | all sequences of reading, writing and waiting, over each |
+//! | `attempt` | joining a ring to a broker, the first or the next |
+//! | `inbox`, `tally` | what the frames of the broker mean, what became of the messages; pure |
+//! | `stream`, `ring` | the socket and its two buffers; the shared memory and its bells |
+//! | `batch`, `dial`, [`Transport`] | messages gathered; connecting; how to |
 
 #![forbid(unsafe_code)]
 
 mod attached;
+mod attempt;
+mod batch;
 mod client;
 mod deadline;
+mod dial;
 mod error;
 #[cfg(test)]
 mod fake_broker;
+#[cfg(test)]
+mod fake_ring;
 mod inbox;
+mod link;
 mod reply;
+mod ring;
+mod ring_link;
+#[cfg(test)]
+mod ring_tests;
 mod session;
 mod stream;
+mod stream_link;
+mod tally;
+mod transport;
 mod upstream;
 
 pub use attached::{Attached, Detached};
@@ -61,4 +79,5 @@ pub use poolbroker_proto::address::Protocol;
 pub use poolbroker_proto::message::{Failure, Outcomes, Retry};
 pub use poolbroker_proto::reason::Reason;
 pub use reply::{CorrelationId, Reply};
+pub use transport::Transport;
 pub use upstream::Upstream;

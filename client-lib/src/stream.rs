@@ -12,7 +12,7 @@
 
 use std::io::{self, ErrorKind, IoSlice};
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -28,6 +28,9 @@ use crate::deadline::Deadline;
 /// The first size of the receive buffer, in bytes: many small replies per read. Pages of it that no
 /// read reaches are never touched, so a quiet client does not hold them.
 const READ_BYTES: usize = 64 * 1024;
+
+/// How much is read at once where replies do not come by the socket, in bytes.
+const RECEIVE_BYTES: usize = 4096;
 
 /// The longest reply taken before an upstream with a larger limit was opened, in bytes.
 const MESSAGE_BYTES_MAX: usize = 1024 * 1024;
@@ -142,6 +145,37 @@ impl FrameStream {
         }
     }
 
+    /// Reads once, with the descriptors that come along.
+    ///
+    /// # Errors
+    /// As recvmsg(2); an empty socket is none.
+    pub fn receive(&mut self, descriptors: &mut Vec<OwnedFd>) -> io::Result<Read> {
+        self.incoming.drain(..self.taken);
+        self.taken = 0;
+        let mut block = [0; RECEIVE_BYTES];
+        loop {
+            match fd::receive(&*self.socket, &mut block) {
+                Ok(received) if received.bytes == 0 => return Ok(Read::End),
+                Ok(received) => {
+                    self.incoming.extend_from_slice(&block[..received.bytes]);
+                    descriptors.extend(received.descriptors);
+                    return Ok(Read::Some);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Read::Nothing),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Whether a read would find bytes, the end or an error. Reads no clock.
+    #[must_use]
+    pub fn is_readable(&self) -> bool {
+        let mut fds = [PollFd::new(&*self.socket, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        rustix::io::retry_on_intr(|| poll(&mut fds, Some(&now))) != Ok(0)
+    }
+
     /// The next complete frame that was read.
     ///
     /// # Errors
@@ -178,6 +212,11 @@ impl FrameStream {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// The socket itself.
+    pub fn socket(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 
     fn deframer(&self) -> Deframer {

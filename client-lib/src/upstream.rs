@@ -10,19 +10,16 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use poolbroker_proto::address::Protocol;
-use poolbroker_proto::frame::{FrameHeader, HEADER_BYTES, Kind};
 use poolbroker_proto::message::{Attachment, Outcomes, Retry};
 
 use crate::attached::Attached;
+use crate::batch::Batch;
 use crate::client::Client;
 use crate::deadline::Deadline;
 use crate::error::Error;
 use crate::reply::CorrelationId;
-use crate::session::{Description, Frames, encode_header};
-
-/// How much [`Upstream::send_all`] gathers before it writes, in bytes: about a third of the default
-/// send buffer of a Unix socket (212,992), so the broker reads one write while the next is made.
-const BATCH_BYTES: usize = 64 * 1024;
+use crate::session::Description;
+use crate::stream_link::encode_header;
 
 /// One upstream, opened with [`Client::upstream`] or [`Client::open`]. Clones share the handle and
 /// its counts, and so does opening the same name again.
@@ -86,9 +83,37 @@ impl Upstream {
     /// its order, and must not be sent again.
     pub fn send(&self, message: &[u8]) -> Result<(), Error> {
         self.check(message)?;
-        let header = self.send_header(message);
-        let frames = Frames { parts: [&header, message], ends: &[HEADER_BYTES + message.len()] };
-        self.client.lock().send(&self.description, frames)
+        self.client.lock()?.send(&self.description, message)
+    }
+
+    /// Hands over one one-way message if there is room for it now: never waits.
+    ///
+    /// ```
+    /// use poolbroker_client::{Client, Error};
+    /// use poolbroker_tests::{Broker, peers::UdpSink};
+    ///
+    /// let peer = UdpSink::start();
+    /// let broker = Broker::start(&[format!("metrics={}", peer.url_write_only())]);
+    /// let metrics = Client::connect_in(broker.runtime_dir())?.upstream("metrics")?;
+    ///
+    /// match metrics.try_send(b"jobs.done:1|c") {
+    ///     Ok(()) => {}
+    ///     Err(Error::Full { .. }) => println!("not now"),
+    ///     Err(error) => return Err(error),
+    /// }
+    /// # Ok::<(), Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Full`]: nothing of it was written. Else as [`Upstream::send`], but for
+    /// [`Error::TimedOut`]: a message whose beginning alone the socket takes is handed over, and the
+    /// next call of this client finishes it.
+    pub fn try_send(&self, message: &[u8]) -> Result<(), Error> {
+        self.check(message)?;
+        match self.client.lock()?.offer(&self.description, message)? {
+            true => Ok(()),
+            false => Err(Error::Full { upstream: self.name().to_owned() }),
+        }
     }
 
     /// Hands over many one-way messages in writes of about 64 KiB; returns how many. Other threads'
@@ -116,7 +141,7 @@ impl Upstream {
         I: IntoIterator,
         I::Item: AsRef<[u8]>,
     {
-        let mut batch = Batch::default();
+        let mut batch = Batch::new(self.client.transport());
         let mut count = 0;
         for message in messages {
             let message = message.as_ref();
@@ -124,14 +149,14 @@ impl Upstream {
                 self.send_batch(&mut batch)?;
                 return Err(error);
             }
-            if HEADER_BYTES + message.len() >= BATCH_BYTES {
+            if batch.is_too_small_for(message) {
                 self.send_batch(&mut batch)?;
                 self.send(message)?;
             } else {
-                if batch.bytes.len() + HEADER_BYTES + message.len() > BATCH_BYTES {
+                if !batch.has_room_for(message) {
                     self.send_batch(&mut batch)?;
                 }
-                batch.push(&self.send_header(message), message);
+                batch.push(&encode_header(&self.description.send_header(), message), message);
             }
             count += 1;
         }
@@ -143,7 +168,7 @@ impl Upstream {
     /// returned `Ok`, and those whose `send` timed out with [`Retry::MaybeExecuted`].
     #[must_use]
     pub fn handed_over(&self) -> u64 {
-        self.client.lock().handed_over(&self.description)
+        self.client.lock().map_or(0, |session| session.handed_over(&self.description))
     }
 
     /// Waits until each message handed over on this handle has its outcome: the outcomes of those
@@ -155,7 +180,7 @@ impl Upstream {
     /// [`Error::TimedOut`]: the messages keep on their way, and the next flush tells their
     /// outcomes. [`Error::Disconnected`]: see [`Upstream::not_taken`].
     pub fn flush(&self, deadline: impl Into<Deadline>) -> Result<Outcomes, Error> {
-        self.client.lock().flush(&self.description, deadline.into())
+        self.client.lock()?.flush(&self.description, deadline.into())
     }
 
     /// After [`Error::Disconnected`]: how many of the messages handed over the broker never took,
@@ -165,14 +190,14 @@ impl Upstream {
     /// `None` when the broker went without a goodbye: what it took is then unknown.
     #[must_use]
     pub fn not_taken(&self) -> Option<u64> {
-        self.client.lock().not_taken(&self.description)
+        self.client.lock().ok()?.not_taken(&self.description)
     }
 
     /// After [`Error::Disconnected`]: the outcomes, since the previous flush, of the messages that
     /// the broker did take, as its goodbye tells; `None` when it went without one.
     #[must_use]
     pub fn goodbye(&self) -> Option<Outcomes> {
-        self.client.lock().goodbye(&self.description)
+        self.client.lock().ok()?.goodbye(&self.description)
     }
 
     /// Sends a request and waits for its reply.
@@ -197,7 +222,7 @@ impl Upstream {
     /// been executed.
     pub fn request(&self, body: &[u8], deadline: impl Into<Deadline>) -> Result<Vec<u8>, Error> {
         self.check_request(body)?;
-        self.client.lock().request(&self.description, body, deadline.into())
+        self.client.lock()?.request(&self.description, body, deadline.into())
     }
 
     /// Sends a request without waiting: [`Client::next_reply`] gives its reply, by `deadline` and
@@ -211,7 +236,7 @@ impl Upstream {
         deadline: impl Into<Deadline>,
     ) -> Result<CorrelationId, Error> {
         self.check_request(body)?;
-        self.client.lock().submit(&self.description, body, deadline.into())
+        self.client.lock()?.submit(&self.description, body, deadline.into())
     }
 
     /// Makes a pipe that the broker reads: each line written to it is one one-way message, without
@@ -281,25 +306,17 @@ impl Upstream {
         descriptor: BorrowedFd<'_>,
     ) -> Result<Attached, Error> {
         let (session, end) =
-            self.client.lock().attach(&self.description, attachment, descriptor)?;
+            self.client.lock()?.attach(&self.description, attachment, descriptor)?;
         Ok(Attached::new(self.client.clone(), session, end))
     }
 
     fn send_batch(&self, batch: &mut Batch) -> Result<(), Error> {
-        if batch.ends.is_empty() {
+        if batch.is_empty() {
             return Ok(());
         }
-        let frames = Frames { parts: [&batch.bytes, &[]], ends: &batch.ends };
-        self.client.lock().send(&self.description, frames)?;
-        batch.bytes.clear();
-        batch.ends.clear();
+        self.client.lock()?.send_batch(&self.description, batch)?;
+        batch.clear();
         Ok(())
-    }
-
-    fn send_header(&self, message: &[u8]) -> [u8; HEADER_BYTES] {
-        let mut header = FrameHeader::new(Kind::Send);
-        header.upstream = self.description.handle;
-        encode_header(header, message)
     }
 
     fn check_request(&self, body: &[u8]) -> Result<(), Error> {
@@ -344,25 +361,12 @@ impl fmt::Debug for Upstream {
     }
 }
 
-/// Frames gathered for one write.
-#[derive(Default)]
-struct Batch {
-    bytes: Vec<u8>,
-    ends: Vec<usize>,
-}
-
-impl Batch {
-    fn push(&mut self, header: &[u8], message: &[u8]) {
-        self.bytes.extend_from_slice(header);
-        self.bytes.extend_from_slice(message);
-        self.ends.push(self.bytes.len());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::batch::STREAM_BYTES as BATCH_BYTES;
     use crate::fake_broker::{FakeBroker, HANDLE, MESSAGE_BYTES_MAX, Script, sent_all};
+    use poolbroker_proto::frame::{HEADER_BYTES, Kind};
     use poolbroker_proto::message::{BrokerMessage, ClientMessage};
     use poolbroker_proto::reason::Reason;
     use std::sync::mpsc;

@@ -232,7 +232,8 @@ pub fn merge(into: &mut Outcomes, from: Outcomes) {
     }
 }
 
-fn add(counts: &mut Vec<(Reason, u64)>, reason: Reason, count: u64) {
+/// Counts further messages for a reason.
+pub fn add(counts: &mut Vec<(Reason, u64)>, reason: Reason, count: u64) {
     match counts.iter_mut().find(|(counted, _)| *counted == reason) {
         Some((_, total)) => *total += count,
         None => counts.push((reason, count)),

@@ -41,7 +41,7 @@ impl From<Exit> for ExitCode {
 impl Exit {
     /// The verdict on one-way messages.
     pub fn of_outcomes(outcomes: &Outcomes) -> Exit {
-        if outcomes.in_doubt > 0 {
+        if outcomes.in_doubt + outcomes.untold > 0 {
             Exit::InDoubt
         } else if outcomes.expired > 0 {
             Exit::TimedOut
@@ -125,6 +125,13 @@ pub fn complain_of_outcomes(upstream: &str, outcomes: &Outcomes) {
             messages(outcomes.in_doubt)
         ));
     }
+    if outcomes.untold > 0 {
+        complain(&format!(
+            "{upstream}: {} in doubt: the broker ended before it told what became of them, and not \
+             every message was sent; they were not repeated",
+            messages(outcomes.untold)
+        ));
+    }
 }
 
 /// "1 message", "2 messages".
@@ -160,6 +167,8 @@ mod tests {
         assert_eq!(Exit::of_outcomes(&outcomes), Exit::TimedOut);
         outcomes.in_doubt = 1;
         assert_eq!(Exit::of_outcomes(&outcomes), Exit::InDoubt);
+        let untold = Outcomes { untold: 1, ..Outcomes::default() };
+        assert_eq!(Exit::of_outcomes(&untold), Exit::InDoubt);
         assert_eq!(Exit::Failed.max(Exit::TimedOut), Exit::TimedOut);
     }
 }

@@ -15,6 +15,7 @@ mod peers;
 mod pipe;
 mod report;
 mod request;
+mod ring_delivery;
 mod send;
 mod serve;
 mod status;

@@ -15,6 +15,7 @@ use super::input::{TakeLines, read_lines, standard_input, unreadable};
 use super::link::Link;
 use super::patient_pipe::PatientPipe;
 use super::pipe::hand_over;
+use super::ring_delivery::RingDelivery;
 use super::{after_help, timeout, upstream_name};
 use crate::config::{INPUT_BLOCK_BYTES, SEND_TIMEOUT};
 
@@ -51,6 +52,8 @@ Examples:
 enum Via {
     /// The client socket
     Unix,
+    /// A ring in shared memory, which the next broker takes over
+    Ring,
     /// A pipe that the broker reads
     Pipe,
     /// The upstream's FIFO; done means here that the FIFO took the message
@@ -67,6 +70,15 @@ impl Send {
                 let link = Link::open(dir, &self.upstream, timeout)?;
                 Ok(send_over(link, message))
             }
+            Via::Ring => {
+                let mut delivery = RingDelivery::open(dir, &self.upstream, timeout)?;
+                let sent = match message {
+                    Some(message) => delivery.push(message),
+                    None => read_all_lines(delivery.message_bytes_max(), &mut delivery),
+                };
+                let settled = sent.and_then(|()| delivery.settle());
+                Ok(delivery.finish(settled))
+            }
             Via::Pipe => send_by_pipe(Link::open(dir, &self.upstream, timeout)?, message),
             Via::Fifo => send_by_fifo(&dir.fifo(&self.upstream), message, timeout),
         }
@@ -78,13 +90,17 @@ pub fn send_over(link: Link<'_>, message: Option<&[u8]>) -> Exit {
     let mut delivery = Delivery::new(link);
     let sent = match message {
         Some(message) => delivery.push(message),
-        None => read_lines(delivery.message_bytes_max(), &mut delivery).map_err(|mut error| {
-            error.text.push_str("; the rest of standard input was not read");
-            error
-        }),
+        None => read_all_lines(delivery.message_bytes_max(), &mut delivery),
     };
     let settled = sent.and_then(|()| delivery.settle());
     delivery.finish(settled)
+}
+
+fn read_all_lines(line_bytes_max: usize, taker: &mut impl TakeLines) -> Result<(), CommandError> {
+    read_lines(line_bytes_max, taker).map_err(|mut error| {
+        error.text.push_str("; the rest of standard input was not read");
+        error
+    })
 }
 
 impl TakeLines for Delivery<'_> {
