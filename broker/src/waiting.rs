@@ -15,7 +15,9 @@
 //!   brings comes less often than every [`STAY_GAP`] on average.
 //! - Awake, it wakes nobody. The loop looks at all sources that are awake, takes what is there until
 //!   they are empty, and *naps*: at most `delay_max`, or until half of the fullest would be full
-//!   again at the rate seen. It falls asleep when nothing came for [`PATIENCE_NAPS`] naps.
+//!   again at the rate seen, counted for a ring from the look, for a pipe from the end of the work:
+//!   a writer that is read while it writes pays for it. A source falls asleep when nothing came for
+//!   [`PATIENCE_NAPS`] naps.
 //!
 //! What is urgent (requests, control messages, a producer that found its ring full) ends a nap at
 //! once; a nap is a wait for events with a short timeout. Where less than [`NAP_MIN`] would remain to
@@ -164,9 +166,9 @@ impl Waiting {
         self.event_at = now;
     }
 
-    /// Everything that is awake was looked at; it may be left alone for `nap`.
-    pub fn handle_looked(&mut self, now: Time, nap: Duration) {
-        self.look_at = now + nap;
+    /// Everything that is awake was looked at, and is to be looked at again at `look_at`.
+    pub fn handle_looked(&mut self, look_at: Time) {
+        self.look_at = look_at;
     }
 
     /// Whether it is time to look at what is awake.
@@ -274,7 +276,7 @@ mod tests {
     fn the_loop_sleeps_naps_or_polls_by_what_is_awake_and_what_came() {
         let mut waiting = Waiting::new(BusyPoll::Auto, 2);
         assert_eq!(waiting.plan(at(1_000), false), Wait::Sleep);
-        waiting.handle_looked(at(1_000), NAP);
+        waiting.handle_looked(at(1_000) + NAP);
         assert_eq!(waiting.plan(at(1_000), true), Wait::Nap(NAP));
         assert_eq!(waiting.plan(at(1_499), true), Wait::Poll, "too short for a timer");
         assert!(!waiting.is_look_due(at(1_499)) && waiting.is_look_due(at(1_500)));

@@ -12,7 +12,19 @@ use std::process::{Command, Output, Stdio};
 
 use tempfile::TempDir;
 
-const SUB_COMMANDS: [&str; 7] = ["serve", "send", "request", "pipe", "status", "check", "demo"];
+const SUB_COMMANDS: [&str; 11] = [
+    "serve",
+    "send",
+    "request",
+    "pipe",
+    "status",
+    "check",
+    "demo",
+    "bench",
+    "bench one-way",
+    "bench ring",
+    "bench idle",
+];
 
 fn poolbroker<A: AsRef<OsStr>>(arguments: &[A]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_poolbroker"));
@@ -59,7 +71,7 @@ fn every_help_shows_examples_and_exit_codes() {
         helps.extend([(sub, "--help"), (sub, "-h")]);
     }
     for (sub, option) in helps {
-        let arguments = [sub, option].into_iter().filter(|argument| !argument.is_empty());
+        let arguments = sub.split_whitespace().chain([option]);
         let output = poolbroker(&arguments.collect::<Vec<_>>());
         let help = String::from_utf8(output.stdout).unwrap();
         assert_eq!(output.status.code(), Some(0), "{sub} {option}");

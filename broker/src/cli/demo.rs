@@ -7,18 +7,16 @@
 use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{Shutdown, SocketAddr, UdpSocket};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use poolbroker_client::{Client, Upstream};
-use poolbroker_proto::runtime_dir::RuntimeDir;
-use rustix::process::{Pid, Signal, kill_process};
-use tempfile::TempDir;
+use poolbroker_client::{Client, Transport, Upstream};
 
 use super::after_help;
+use super::child_broker::ChildBroker;
 use super::exit::{CommandError, Exit, messages, print};
 use super::peers::Peer;
 use super::report::{ConnectionReport, Report, UpstreamReport, fetch};
@@ -188,7 +186,7 @@ impl Figures {
 
 /// A broker in a directory of its own, and the peers it talks to.
 struct Stage {
-    broker: Broker,
+    broker: ChildBroker,
     client: Client,
     peers: Vec<(&'static str, Peer)>,
 }
@@ -200,8 +198,8 @@ impl Stage {
             (UDP, Peer::udp().map_err(io_failed("a UDP peer"))?),
             (WRITE_ONLY, Peer::udp().map_err(io_failed("a UDP peer"))?),
         ];
-        let broker = Broker::start(&peers)?;
-        let client = broker.connect()?;
+        let mut broker = ChildBroker::start(|_| Ok(upstreams(&peers)))?;
+        let client = broker.connect(Transport::Unix)?;
         Ok(Stage { broker, client, peers })
     }
 
@@ -211,7 +209,7 @@ impl Stage {
     }
 
     fn counters(&self, upstream: &str) -> Result<UpstreamReport, CommandError> {
-        let report = Report::parse(&fetch(&self.broker.runtime_dir)?)?;
+        let report = Report::parse(&fetch(self.broker.runtime_dir())?)?;
         let found = report.upstreams.into_iter().find(|report| report.name == upstream);
         found.ok_or_else(|| CommandError::failed(format!("status does not show {upstream:?}")))
     }
@@ -303,12 +301,12 @@ impl Stage {
 
     fn pipe_from_shell(&self, upstream: &Upstream) -> Result<(), CommandError> {
         let script = "seq \"$1\" | \"$2\" --runtime-dir \"$3\" pipe \"$4\"";
-        let dir = self.broker.runtime_dir.path();
+        let dir = self.broker.runtime_dir().path();
         shell(
             script,
             &[
                 DEMO_BATCH_MESSAGES.to_string().as_ref(),
-                self.broker.executable.as_os_str(),
+                self.broker.executable().as_os_str(),
                 dir.as_os_str(),
                 upstream.name().as_ref(),
             ],
@@ -318,7 +316,7 @@ impl Stage {
     fn echo_from_shell(&self, upstream: &Upstream) -> Result<(), CommandError> {
         let script =
             "i=0; while [ $i -lt \"$1\" ]; do echo \"echo:$i|c\" > \"$2\"; i=$((i+1)); done";
-        let fifo = self.broker.runtime_dir.fifo(upstream.name());
+        let fifo = self.broker.runtime_dir().fifo(upstream.name());
         shell(script, &[DEMO_BATCH_MESSAGES.to_string().as_ref(), fifo.as_os_str()])
     }
 
@@ -367,66 +365,10 @@ impl Stage {
     }
 }
 
-/// The broker process; killed if the demonstration fails.
-struct Broker {
-    child: Child,
-    executable: PathBuf,
-    runtime_dir: RuntimeDir,
-    _home: TempDir,
-}
-
-impl Broker {
-    fn start(peers: &[(&str, Peer)]) -> Result<Self, CommandError> {
-        let home = tempfile::Builder::new().prefix("poolbroker-demo-").tempdir();
-        let home = home.map_err(io_failed("a temporary directory"))?;
-        let runtime_dir = RuntimeDir::resolve(Some(home.path()));
-        let runtime_dir = runtime_dir.map_err(|error| CommandError::failed(error.to_string()))?;
-        let executable = std::env::current_exe().map_err(io_failed("this program's own path"))?;
-        let mut command = Command::new(&executable);
-        command.arg("--runtime-dir").arg(home.path()).args(["serve", "--log", "warn"]);
-        for (name, peer) in peers {
-            let url = format!("{name}={name}://{}", peer.address());
-            command.args(["--upstream", &url]);
-        }
-        let child = command.spawn().map_err(io_failed("the broker"))?;
-        Ok(Broker { child, executable, runtime_dir, _home: home })
-    }
-
-    fn connect(&self) -> Result<Client, CommandError> {
-        let start = Instant::now();
-        loop {
-            match Client::connect_in(self.runtime_dir.path()) {
-                Ok(client) => return Ok(client),
-                Err(error) if start.elapsed() > DEMO_TIMEOUT => return Err(error.into()),
-                Err(_) => thread::sleep(POLL_INTERVAL),
-            }
-        }
-    }
-
-    fn end(mut self) -> Result<(), CommandError> {
-        let failed = io_failed("the broker");
-        kill_process(Pid::from_child(&self.child), Signal::TERM)
-            .map_err(|error| failed(error.into()))?;
-        let mut ended = None;
-        wait_until(|| {
-            ended = self.child.try_wait().map_err(&failed)?;
-            Ok(ended.is_some())
-        })?;
-        match ended {
-            Some(status) if status.success() => Ok(()),
-            status => Err(CommandError::failed(format!(
-                "the broker did not end with 0 at SIGTERM but with {status:?}"
-            ))),
-        }
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        // After `end` both fail, which is as it should be.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+/// The arguments that configure one upstream for each peer.
+fn upstreams(peers: &[(&str, Peer)]) -> Vec<String> {
+    let url = |(name, peer): &(&str, Peer)| format!("{name}={name}://{}", peer.address());
+    peers.iter().flat_map(|peer| ["--upstream".to_owned(), url(peer)]).collect()
 }
 
 const POLL_INTERVAL: Duration = Duration::from_millis(1);

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use clap::{Arg, CommandFactory};
+use clap::{Arg, Command, CommandFactory};
 use clap_mangen::Man;
 
 use super::Arguments;
@@ -40,8 +40,8 @@ fn command_page() -> String {
     page += &rendered(|page| man.render_synopsis_section(page));
     page += &rendered(|page| man.render_description_section(page));
     page += &rendered(|page| man.render_options_section(page));
-    for sub in command.get_subcommands() {
-        page += &format!(".SH \"COMMAND {}\"\n", sub.get_name().to_uppercase());
+    for (name, sub) in documented(&command, "") {
+        page += &format!(".SH \"COMMAND {}\"\n", name.to_uppercase());
         // What all share is told once, above.
         let shared = |argument: &Arg| argument.is_global_set() || argument.get_id() == "help";
         let own = sub.clone().mut_args(|argument| match shared(&argument) {
@@ -62,6 +62,18 @@ fn command_page() -> String {
     page += &format!(".SH \"EXIT STATUS\"\n{title}\n.PP\n.nf\n{}\n.fi\n", escaped(codes));
     page += ".SH \"SEE ALSO\"\n\\fBpoolbroker.toml\\fR(5)\n";
     page
+}
+
+/// The sub-commands for people, those of sub-commands behind them, each with its whole name.
+fn documented<'a>(command: &'a Command, before: &str) -> Vec<(String, &'a Command)> {
+    let for_people = |sub: &&Command| !sub.is_hide_set() && sub.get_name() != "help";
+    let mut found = Vec::new();
+    for sub in command.get_subcommands().filter(for_people) {
+        let name = format!("{before}{}", sub.get_name());
+        found.push((name.clone(), sub));
+        found.extend(documented(sub, &format!("{name} ")));
+    }
+    found
 }
 
 /// One section, without the two lines that clap_mangen puts before each.

@@ -1,7 +1,9 @@
 //! The command line: arguments, help and exit codes. No logic of the broker: `serve` starts it,
 //! every other command is a user of the client library like any other program.
 
+mod bench;
 mod check;
+mod child_broker;
 mod delivery;
 mod demo;
 mod exit;
@@ -64,6 +66,13 @@ enum Command {
     Status(status::Status),
     Check(check::Check),
     Demo(demo::Demo),
+    Bench(bench::Bench),
+    #[command(hide = true)]
+    BenchLoad(bench::BenchLoad),
+    #[command(hide = true)]
+    BenchSink(bench::BenchSink),
+    #[command(hide = true)]
+    BenchPeer(bench::BenchPeer),
 }
 
 /// Runs the command that the arguments name.
@@ -95,6 +104,10 @@ impl Arguments {
             Command::Status(status) => status.run(&dir()?),
             Command::Check(check) => check.run(),
             Command::Demo(demo) => demo.run(),
+            Command::Bench(bench) => bench.run(),
+            Command::BenchLoad(load) => load.run(),
+            Command::BenchSink(sink) => sink.run(),
+            Command::BenchPeer(peer) => peer.run(),
         }
     }
 }

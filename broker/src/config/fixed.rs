@@ -1,8 +1,9 @@
 //! Numbers of policy that nobody has to set: bounds of the work per turn, queue lengths, patience.
 
+use std::num::NonZeroU64;
 use std::time::Duration;
 
-use units::{DAY, KIB, MIB, ms, s};
+use units::{DAY, KIB, MIB, ms, rate, s};
 
 /// The longest UDP payload over IPv4: 65,535 less 20 bytes of IP and 8 of UDP header.
 pub const UDP_PAYLOAD_BYTES_MAX: usize = 65_507;
@@ -53,6 +54,105 @@ pub const DEMO_BATCHES: u64 = 10;
 
 /// How long `demo` waits for any one thing.
 pub const DEMO_TIMEOUT: Duration = s(10);
+
+/// How long `demo` and `bench` wait for a broker of their own to come up, or to end.
+pub const CHILD_BROKER_TIMEOUT: Duration = s(10);
+
+/// Rounds of `bench`: fewer give no median worth its name on a noisy machine.
+pub const BENCH_ROUNDS: usize = 7;
+
+/// The most rounds.
+pub const BENCH_ROUNDS_MAX: usize = 1_000;
+
+/// About how long one measurement of `bench one-way` sends: long beside the milliseconds that a
+/// scheduler or a hypervisor takes away, short enough that seven rounds of all cases and their
+/// baselines end within 180 s.
+pub const BENCH_SPAN: Duration = ms(150);
+
+/// Messages by which a case of `bench one-way` is made warm and its speed is found out.
+pub const BENCH_WARM_UP_MESSAGES: u64 = 20_000;
+
+/// Steady rates of `bench one-way`, in messages per second.
+pub const BENCH_RATES: [NonZeroU64; 2] = [rate(100_000), rate(10_000)];
+
+/// How long a steady rate is kept: at the lower one there are 4,000 messages, 40 of them above the
+/// 99th percentile.
+pub const BENCH_PACED_SPAN: Duration = ms(400);
+
+/// SO_RCVBUF of the sink of `bench`: holds some 300,000 small datagrams (832 bytes each as the
+/// kernel counts), so that a sink slower than its senders loses none within [`BENCH_SPAN`].
+pub const BENCH_SINK_BUFFER_BYTES: usize = 128 * MIB;
+
+/// Datagrams of one sendmmsg(2) in `bench one-way`.
+pub const BENCH_MMSG_MESSAGES: usize = 64;
+
+/// Bytes of each ring of a producer of `bench`: some 10,000 small messages, and still in the cache.
+pub const BENCH_RING_BYTES: usize = MIB;
+
+/// How long a producer of `bench` waits for the outcomes of its messages.
+pub const BENCH_TIMEOUT: Duration = s(30);
+
+/// How long a sink without news is given before `bench` counts what is missing as lost.
+pub const BENCH_SETTLING: Duration = ms(200);
+
+/// How often a sink is asked whether everything has arrived.
+pub const BENCH_POLL_INTERVAL: Duration = ms(1);
+
+/// How long the broker is given to fall asleep: ten naps of the default `delay_max`.
+pub const BENCH_REST: Duration = ms(5);
+
+/// How much the reader takes at once that is cheap for the writers of a FIFO: all that it holds.
+pub const NAPPING_READER_BLOCK_BYTES: usize = 64 * KIB;
+
+/// How long it sleeps in between.
+pub const NAPPING_READER_PAUSE: Duration = Duration::from_micros(200);
+
+/// How long the napping consumer of `bench ring` sleeps: a ring of [`BENCH_RING_BYTES`] takes longer
+/// to fill.
+pub const NAPPING_CONSUMER_PAUSE: Duration = Duration::from_micros(100);
+
+/// Messages that `bench ring` sends one way through a ring: some 50 ms.
+pub const BENCH_RING_MESSAGES: u64 = 2_000_000;
+
+/// The same through a pipe or socket: some 100 ms.
+pub const BENCH_PIPE_MESSAGES: u64 = 100_000;
+
+/// The most bytes of one measurement of `bench ring`.
+pub const BENCH_RING_RUN_BYTES: u64 = 256 * MIB as u64;
+
+/// Round trips of `bench ring` between sides that poll: some 50 ms.
+pub const BENCH_ROUND_TRIPS_POLLED: u64 = 50_000;
+
+/// The same where both sleep: some 100 ms.
+pub const BENCH_ROUND_TRIPS_SLEPT: u64 = 1_000;
+
+/// Records that the consumer of `bench ring` takes before it gives their room back.
+pub const BENCH_RING_RUN_RECORDS: u64 = 256;
+
+/// Looks at a ring in `bench ring` before the other side gets a chance to use this processor: many
+/// more than a round trip takes where there are two.
+pub const BENCH_POLLS_PER_YIELD: u32 = 1_024;
+
+/// How much the other side of `bench ring` reads of a pipe or socket at once: all that a pipe holds.
+pub const BENCH_READ_BYTES: usize = 64 * KIB;
+
+/// How many sessions `bench idle` attaches.
+pub const BENCH_IDLE_SESSIONS: [usize; 3] = [0, 1_000, 10_000];
+
+/// `sessions_percent_max` of its broker: as much as there can be.
+pub const BENCH_IDLE_SESSIONS_PERCENT: usize = 95;
+
+/// Descriptors that `bench one-way` has for each producer, here or in the broker.
+pub const BENCH_DESCRIPTORS_PER_PRODUCER: usize = 4;
+
+/// Descriptors beside those of sessions and producers.
+pub const BENCH_DESCRIPTORS_SPARE: usize = 1_000;
+
+/// How long sessions are left alone before their idleness is measured.
+pub const BENCH_IDLE_CALM: Duration = ms(200);
+
+/// How long it is measured.
+pub const BENCH_IDLE_SPAN: Duration = s(1);
 
 /// The longest write to a pipe that the kernel keeps in one piece (pipe(7)).
 pub const PIPE_BUF: usize = 4_096;
@@ -149,6 +249,7 @@ pub const POLL_MAX: Duration = Duration::from_micros(20);
 
 /// Units in which numbers of policy are written.
 pub(super) mod units {
+    use std::num::NonZeroU64;
     use std::time::Duration;
 
     pub(in crate::config) const fn ms(milliseconds: u64) -> Duration {
@@ -157,6 +258,10 @@ pub(super) mod units {
 
     pub(in crate::config) const fn s(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
+    }
+
+    pub(in crate::config) const fn rate(per_second: u64) -> NonZeroU64 {
+        NonZeroU64::new(per_second).expect("above 0")
     }
 
     pub(in crate::config) const NONE: Duration = Duration::ZERO;

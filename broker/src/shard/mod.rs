@@ -275,7 +275,7 @@ impl Shard {
         loop {
             let timeout = self.timeout();
             self.poller.wait(timeout)?;
-            self.now = Time::from_start(self.started.elapsed());
+            self.read_clock();
             self.handle_events();
             self.look();
             self.handle_deadlines();
@@ -286,6 +286,10 @@ impl Shard {
                 return Ok(ending);
             }
         }
+    }
+
+    fn read_clock(&mut self) {
+        self.now = Time::from_start(self.started.elapsed());
     }
 
     fn locate_upstreams(&mut self) {

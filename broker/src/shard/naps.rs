@@ -74,13 +74,17 @@ impl Shard {
     pub(super) fn nap(&mut self) -> Option<Duration> {
         let has_awake = !self.sources.awake.is_empty();
         if has_awake && std::mem::take(&mut self.has_looked) {
-            let naps = self
-                .sources
-                .awake
-                .iter()
-                .filter_map(|id| Some(self.sources.table.get(*id)?.pace.as_ref()?.nap()));
-            let nap = naps.min().unwrap_or(self.limits.delay_max).min(self.limits.delay_max);
-            self.waiting.handle_looked(self.now, nap);
+            let looked_at = self.now;
+            self.read_clock();
+            let delay_max = self.limits.delay_max;
+            let awake = self.sources.awake.iter().filter_map(|id| self.sources.table.get(*id));
+            let look_at = awake.filter_map(|source| {
+                // A ring is filled while it is worked on. The writer of a pipe is to write in peace
+                // after it was read: it pays for a reader that comes while it writes.
+                let from = if source.ring.is_some() { looked_at } else { self.now };
+                Some(from + source.pace.as_ref()?.nap().min(delay_max))
+            });
+            self.waiting.handle_looked(look_at.min().unwrap_or(looked_at));
         }
         match self.waiting.plan(self.now, has_awake) {
             Wait::Poll => Some(Duration::ZERO),
