@@ -62,12 +62,12 @@ struct Idler {
 
 const TRANSPORTS: [Idler; 2] = [
     Idler { name: "unix", transport: Transport::Unix, in_broker: 1, here: 1 },
-    // Socket and doorbell; here the memory, too, for the next broker.
+    // Socket and doorbell; here also the memory, for the next broker, and what is polled.
     Idler {
         name: "ring",
         transport: Transport::Ring { bytes: CAPACITY_MIN },
         in_broker: 2,
-        here: 3,
+        here: 4,
     },
 ];
 
