@@ -296,6 +296,7 @@ impl Drop for ForkMark {
 mod tests {
     use super::*;
     use std::fs::File;
+    use std::sync::Arc;
 
     const BYTES: usize = 8192;
 
@@ -363,6 +364,23 @@ mod tests {
         let huge = memfd(MemfdFlags::HUGETLB, 2 << 20, all);
         let huge = Memory::map(huge.as_fd(), 2 << 20).map(|_| ()).unwrap_err();
         assert!(matches!(huge, NotMapped::NotMemory(_)), "{huge}");
+    }
+
+    #[test]
+    fn a_forked_child_finds_the_mark_wiped_and_its_parent_does_not() {
+        use std::os::unix::process::CommandExt;
+
+        let mark = Arc::new(ForkMark::set().unwrap());
+        let in_child = Arc::clone(&mark);
+        let mut command = std::process::Command::new("true");
+        let look = move || match in_child.is_in_child() {
+            true => Ok(()),
+            false => Err(io::Error::from(Errno::PERM)),
+        };
+        // SAFETY: between fork and exec the closure reads one byte and allocates nothing.
+        unsafe { command.pre_exec(look) };
+        assert!(command.status().unwrap().success());
+        assert!(!mark.is_in_child());
     }
 
     #[test]
