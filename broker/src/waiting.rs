@@ -108,6 +108,12 @@ impl Pace {
         wakes
     }
 
+    /// It has something that cannot be taken now: it is asleep until that changes, which the loop
+    /// learns by itself.
+    pub fn handle_stuck(&mut self) {
+        self.is_awake = false;
+    }
+
     /// It was looked at and is empty. True: nothing has come for so long that it is asleep from now
     /// on.
     pub fn handle_empty(&mut self, now: Time, nap_max: Duration) -> bool {

@@ -122,7 +122,7 @@ fn wrong_usage_is_exit_2_and_teaches() {
     refused(&["send", "Cache", "x"], 2, &["\"Cache\"", "lower-case"]);
     refused(&["send", "tcp://127.0.0.1:1", "x"], 2, &["tcp://127.0.0.1:1", "lower-case"]);
     refused(&["send", "admin", "x"], 2, &["the broker's own"]);
-    refused(&["send", "a", "x", "--via", "ring"], 2, &["unix, pipe, fifo"]);
+    refused(&["send", "a", "x", "--via", "mq"], 2, &["unix, ring, pipe, fifo"]);
     refused(&["send", "a", "x", "--timeout", "5"], 2, &["500ms, 30s or 10m"]);
     refused(&["send", "a", "x", "--timeout", "0s"], 2, &["more than 0s"]);
     refused(&["request", "a", "x", "--timeout", "99999999999years"], 2, &["--timeout"]);

@@ -5,6 +5,8 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::collections::HashMap;
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -14,7 +16,7 @@ use poolbroker_proto::ring::{CAPACITY_MIN, Urgency};
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{list, total};
 use poolbroker_tests::deadline::wait_for;
-use poolbroker_tests::peers::{TcpEcho, UdpSink};
+use poolbroker_tests::peers::{TcpEcho, TcpSink, UdpSink};
 use poolbroker_tests::raw::RawClient;
 use poolbroker_tests::raw_ring::{CAPACITY, RawRing, Resumed};
 
@@ -278,6 +280,48 @@ fn a_client_that_streams_on_does_not_hold_up_the_end_and_loses_nothing() {
     wait_for("the rest", || client.producer.is_drained().unwrap().then_some(()));
     let messages = sink.wait_for(usize::try_from(sent).unwrap());
     assert!(messages.into_iter().eq((0..sent).map(|number| number.to_string().into_bytes())));
+}
+
+#[test]
+fn what_waits_for_a_dead_upstream_costs_nothing_and_goes_on_when_it_is_back() {
+    let mut sink = TcpSink::start();
+    let broker = Broker::start(&[format!("sink={}", sink.url())]);
+    let mut client = RawRing::connect(broker.runtime_dir());
+    let handle = client.open_upstream("sink");
+    // Both come often enough to be awake before the upstream goes.
+    let mut fifo = OpenOptions::new().write(true).open(broker.fifo("sink")).unwrap();
+    for number in 0..200 {
+        client.send(handle, format!("ring {number}").as_bytes());
+        writeln!(fifo, "fifo {number}").unwrap();
+        std::thread::sleep(Duration::from_micros(200));
+    }
+    sink.wait_for(400);
+    sink.stop();
+    let mut in_ring = 200;
+    while client.producer.push(&send_header(handle), format!("ring {in_ring}").as_bytes()).is_ok() {
+        in_ring += 1;
+        client.publish();
+    }
+    let writer = std::thread::spawn(move || {
+        // More than the pipe and the broker's queue hold.
+        (200..40_000).for_each(|number| writeln!(fifo, "fifo {number}").unwrap());
+    });
+    broker.wait_until_upstream("sink", |upstream| total(upstream, "queued") > RUN);
+    std::thread::sleep(Duration::from_millis(500));
+    let used = broker.cpu_time();
+    std::thread::sleep(Duration::from_secs(5));
+    let used = broker.cpu_time() - used;
+    // Attempts to connect, a few times a second at most; 5,000 naps would cost more.
+    assert!(used <= Duration::from_millis(20), "waiting for 5 s, it used {used:?}");
+    sink.restart();
+    writer.join().unwrap();
+    broker.wait_until_upstream("sink", |upstream| total(upstream, "queued") == 0);
+    wait_for("the ring to be taken", || client.producer.is_drained().unwrap().then_some(()));
+    let status = broker.status();
+    broker.assert_sums(&status);
+    let upstream = broker.upstream_status("sink");
+    assert_eq!(total(&upstream, "accepted"), total(&upstream, "sent"));
+    assert_eq!(total(&upstream, "accepted"), in_ring + 40_000);
 }
 
 /// K1, C18: eight clients stream while the broker is killed again and again.

@@ -132,6 +132,7 @@ impl Shard {
             is_hung_up: false,
             is_ready: false,
             is_blocked: false,
+            is_held: false,
             awaits_reply: false,
             ended: None,
             parent: None,

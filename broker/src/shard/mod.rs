@@ -487,7 +487,11 @@ impl Shard {
             match served {
                 Served::Again => self.sources.make_ready(id),
                 Served::Idle => self.rest(id),
-                Served::Held => {}
+                Served::Held => {
+                    if let Some(source) = self.sources.table.get_mut(id) {
+                        source.is_held = true;
+                    }
+                }
                 Served::Blocked { upstream } => {
                     if let Some(source) = self.sources.table.get_mut(id) {
                         source.is_blocked = true;

@@ -25,16 +25,28 @@ impl Shard {
     pub(super) fn rest(&mut self, id: SourceId) {
         let Some(source) = self.sources.table.get_mut(id) else { return };
         let Some(pace) = &mut source.pace else { return };
-        let falls_asleep = pace.handle_empty(self.now, self.limits.delay_max);
-        if falls_asleep {
-            self.sources.awake.retain(|awake| *awake != id);
-            self.set_watched(id, true);
+        if pace.handle_empty(self.now, self.limits.delay_max) {
+            self.forget_awake(id);
         }
         let Some(source) = self.sources.table.get_mut(id) else { return };
         let is_awake = source.pace.as_ref().is_some_and(|pace| pace.is_awake());
         if !is_awake && !is_armed(source, Bell::Everything) {
             self.sources.make_ready(id);
         }
+    }
+
+    /// A source has something that no upstream takes now: there is nothing to look for in it until it
+    /// is made ready.
+    fn park(&mut self, id: SourceId) {
+        if let Some(pace) = self.sources.table.get_mut(id).and_then(|source| source.pace.as_mut()) {
+            pace.handle_stuck();
+            self.forget_awake(id);
+        }
+    }
+
+    fn forget_awake(&mut self, id: SourceId) {
+        self.sources.awake.retain(|awake| *awake != id);
+        self.set_watched(id, true);
     }
 
     /// Pipes and FIFOs that are awake do not wake the loop: each write would, at the cost of the
@@ -59,6 +71,10 @@ impl Shard {
         for at in (0..self.sources.awake.len()).rev() {
             let id = self.sources.awake[at];
             let Some(source) = self.sources.table.get_mut(id) else { continue };
+            if source.is_blocked || source.is_held {
+                self.park(id);
+                continue;
+            }
             match source.ring.as_mut().map(|ring| ring.has_records()) {
                 Some(Ok(false)) => self.rest(id),
                 Some(Ok(true) | Err(_)) => self.sources.make_ready(id),

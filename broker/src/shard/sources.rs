@@ -53,6 +53,8 @@ pub struct Source {
     pub is_ready: bool,
     /// Waits for an upstream's queue.
     pub is_blocked: bool,
+    /// Waits for outcomes, or for its client to read: whatever brings them makes it ready.
+    pub is_held: bool,
     /// A socketpair waits for the reply to its last request.
     pub awaits_reply: bool,
     /// Nothing more is read from it.
@@ -170,6 +172,7 @@ impl Sources {
             && !source.is_blocked
         {
             source.is_ready = true;
+            source.is_held = false;
             self.ready.push_back(id);
         }
     }
