@@ -52,11 +52,13 @@ impl Upstream {
         self.description.message_bytes_max
     }
 
-    /// Hands over one one-way message: one system call, no copy on this side.
+    /// Hands over one one-way message: one system call and no copy on this side, or over a ring one
+    /// copy and no system call.
     ///
-    /// `Ok` means that the whole message is in the socket to the broker. What becomes of it there
-    /// [`Upstream::flush`] tells. When the socket is full the call waits for room, up to the
-    /// client's send timeout.
+    /// `Ok` means that the whole message is in the socket to the broker, or in the ring. What becomes
+    /// of it there [`Upstream::flush`] tells. When there is no room the call waits for it, up to the
+    /// client's send timeout. A ring takes messages also while no broker serves it; the next call
+    /// that waits, or a later send, hands it to the next one.
     ///
     /// ```
     /// use std::time::Duration;
@@ -77,7 +79,7 @@ impl Upstream {
     ///
     /// # Errors
     /// [`Error::Empty`], [`Error::TooLong`], [`Error::Disconnected`]: the message was not handed
-    /// over. [`Error::TimedOut`]: the socket stayed full. With [`Retry::NotSent`] no byte of the
+    /// over. [`Error::TimedOut`]: the socket or the ring stayed full. With [`Retry::NotSent`] no byte of the
     /// message was written; with [`Retry::MaybeExecuted`] its beginning was, and the next call of
     /// this client finishes it before it does anything else. The message is handed over then, in
     /// its order, and must not be sent again.
@@ -187,14 +189,16 @@ impl Upstream {
     /// as its goodbye tells. They are the last ones, and sending them to another broker repeats
     /// nothing.
     ///
-    /// `None` when the broker went without a goodbye: what it took is then unknown.
+    /// `None` when the broker went without a goodbye: what it took is then unknown. `None` over a
+    /// ring: what one broker did not take, the next one does.
     #[must_use]
     pub fn not_taken(&self) -> Option<u64> {
         self.client.lock().ok()?.not_taken(&self.description)
     }
 
     /// After [`Error::Disconnected`]: the outcomes, since the previous flush, of the messages that
-    /// the broker did take, as its goodbye tells; `None` when it went without one.
+    /// the broker did take, as its goodbye tells; `None` when it went without one, and over a ring,
+    /// where [`Upstream::flush`] counts them.
     #[must_use]
     pub fn goodbye(&self) -> Option<Outcomes> {
         self.client.lock().ok()?.goodbye(&self.description)

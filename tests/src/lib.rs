@@ -9,6 +9,7 @@
 //! | [`peers`] | upstreams: echoes, sinks, rude and silent ones |
 //! | [`raw`] | a client that speaks the protocol as badly as a test wants |
 //! | [`raw_ring`] | the same through rings, every word of which it can forge |
+//! | [`strace`] | system calls of a broker that fail, or kill it |
 //! | [`udp_table`] | what the kernel says of its UDP sockets |
 //!
 //! Nothing here knows the client library, so a fault of the library cannot hide one of the broker.
@@ -24,6 +25,7 @@ pub mod limits;
 pub mod peers;
 pub mod raw;
 pub mod raw_ring;
+pub mod strace;
 pub mod udp_table;
 
 pub use broker::Broker;

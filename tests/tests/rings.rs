@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,6 +19,7 @@ use poolbroker_tests::deadline::wait_for;
 use poolbroker_tests::peers::{TcpEcho, TcpSink, UdpSink};
 use poolbroker_tests::raw::RawClient;
 use poolbroker_tests::raw_ring::{CAPACITY, RawRing, Resumed};
+use poolbroker_tests::strace::Strace;
 
 /// One run, as the default configuration has it.
 const RUN: u64 = 64;
@@ -322,6 +323,53 @@ fn what_waits_for_a_dead_upstream_costs_nothing_and_goes_on_when_it_is_back() {
     let upstream = broker.upstream_status("sink");
     assert_eq!(total(&upstream, "accepted"), total(&upstream, "sent"));
     assert_eq!(total(&upstream, "accepted"), in_ring + 40_000);
+}
+
+/// K4: before and behind every send, as far as a crash can tell them apart.
+#[test]
+#[ignore = "needs strace; run by .ci/run with -- --ignored"]
+fn nothing_is_lost_wherever_between_two_system_calls_the_broker_dies() {
+    let mut redelivered_ever = 0;
+    for call in ["sendmsg", "epoll_pwait2"] {
+        for when in 1..=10 {
+            let sink = UdpSink::start();
+            let mut broker = Broker::start(&[format!("sink={}", sink.url_write_only())]);
+            let mut client = RawRing::connect(broker.runtime_dir());
+            let handle = client.open_upstream("sink");
+            let strace = Strace::attach(&broker, &format!("{call}:signal=SIGKILL:when={when}"));
+            let mut messages = 0usize;
+            while broker.is_running() {
+                assert!(messages < 1_000_000, "{call} {when} does not come");
+                for _ in 0..RUN {
+                    // All of one length, so that they go by sendmsg.
+                    client.write_unpublished(
+                        send_header(handle),
+                        format!("{messages:06}").as_bytes(),
+                    );
+                    messages += 1;
+                }
+                client.publish();
+                std::thread::sleep(Duration::from_micros(200));
+            }
+            drop(strace);
+            broker.kill();
+            broker.restart();
+            client.reattach(broker.runtime_dir(), &["sink"]);
+            wait_for("the ring to be taken", || {
+                client.producer.is_drained().unwrap().then_some(())
+            });
+            let redelivered = total(&broker.upstream_status("sink"), "redelivered");
+            redelivered_ever += redelivered;
+            wait_for("every message", || {
+                let distinct: HashSet<_> = sink.received().into_iter().collect();
+                (distinct.len() == messages).then_some(())
+            });
+            let twice = sink.received_count() - messages;
+            assert!(twice as u64 <= redelivered, "{call} {when}: {twice} twice, {redelivered}");
+            assert!(redelivered <= RUN, "{call} {when}: {redelivered}");
+        }
+    }
+    assert!(redelivered_ever > 0, "no crash fell between taking and sending");
 }
 
 /// K1, C18: eight clients stream while the broker is killed again and again.

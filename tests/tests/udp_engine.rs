@@ -4,8 +4,6 @@
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, ChildStderr, Command, Stdio};
 
 use poolbroker_proto::frame::{FrameHeader, Kind};
 use poolbroker_proto::reason::Reason;
@@ -14,6 +12,7 @@ use poolbroker_tests::broker::{count_of, list, total};
 use poolbroker_tests::deadline::wait_for;
 use poolbroker_tests::peers::{TcpSink, UdpSink};
 use poolbroker_tests::raw::{RawClient, frame};
+use poolbroker_tests::strace::Strace;
 use poolbroker_tests::udp_table::udp_sockets_to;
 
 /// Messages of one client in one go: a whole GSO send.
@@ -276,47 +275,6 @@ fn a_datagram_that_is_too_big_costs_itself_alone_wherever_it_stands_in_a_batch()
     let upstream = broker.upstream_status("metrics");
     assert_eq!(count_of(&upstream, "dropped", "too_big"), 1, "{upstream:#}");
     broker.assert_sums(&broker.status());
-}
-
-/// An strace that answers some system calls of a broker itself.
-struct Strace {
-    child: Child,
-    output: BufReader<ChildStderr>,
-}
-
-impl Strace {
-    fn attach(broker: &Broker, injection: &str) -> Strace {
-        let (call, _) = injection.split_once(':').unwrap();
-        let mut command = Command::new("strace");
-        command.args(["-f", "-e", &format!("trace={call}"), "-e", &format!("inject={injection}")]);
-        command.args(["-p", &broker.pid().to_string()]).stderr(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        let mut output = BufReader::new(child.stderr.take().unwrap());
-        // "Process 7 attached with 5 threads".
-        let mut line = String::new();
-        while !line.contains("attached") {
-            line.clear();
-            assert!(output.read_line(&mut line).unwrap() > 0, "strace has ended");
-        }
-        Strace { child, output }
-    }
-
-    /// What it has seen.
-    fn detach(mut self) -> String {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-        let mut calls = String::new();
-        self.output.read_to_string(&mut calls).unwrap();
-        self.child.wait().unwrap();
-        calls
-    }
-}
-
-impl Drop for Strace {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 fn start(name: &str, url: &str, more: &str) -> Broker {
