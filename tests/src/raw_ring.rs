@@ -68,6 +68,17 @@ impl RawRing {
     /// When it answers anything else.
     pub fn open(mut client: RawClient, capacity: usize) -> Result<RawRing, Failure> {
         client.send_control(RING_ID, 0, &ClientMessage::OpenRing { bytes: capacity as u64 });
+        RawRing::opened(client, capacity)
+    }
+
+    /// Takes the rings that a session has asked for; the broker's refusal otherwise.
+    ///
+    /// # Errors
+    /// The failure that the broker answers.
+    ///
+    /// # Panics
+    /// When it answers anything else.
+    pub fn opened(client: RawClient, capacity: usize) -> Result<RawRing, Failure> {
         let (frame, mut descriptors) = receive(&client).expect("the broker answers");
         if frame.header.kind == Kind::Failure {
             return Err(frame.failure());

@@ -17,7 +17,7 @@ use poolbroker_proto::ring::Urgency;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::list;
 use poolbroker_tests::peers::{TcpSink, UdpSink};
-use poolbroker_tests::raw::control;
+use poolbroker_tests::raw::{RawClient, control, frame};
 use poolbroker_tests::raw_ring::{CAPACITY, RawRing, Resumed};
 use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_setfl};
 use rustix::io::Errno;
@@ -340,6 +340,21 @@ fn a_client_that_reads_no_replies_fills_its_own_queue() {
     scene.assert_neighbour_unharmed();
     let grown = scene.broker.rss_bytes();
     assert!(grown < 64 << 20, "{grown} bytes");
+}
+
+#[test]
+fn two_rings_asked_for_at_once_are_one_ring_and_a_refusal() {
+    let scene = Scene::start();
+    let (client, _) = RawClient::welcomed(scene.broker.runtime_dir());
+    let message = ClientMessage::OpenRing { bytes: CAPACITY as u64 };
+    let (header, body) = control(1, 0, &message);
+    client.duplicate().send_bytes(&frame(header, &body).repeat(2));
+    let mut hostile = RawRing::opened(client, CAPACITY).unwrap();
+    let refused = hostile.next_frame().unwrap().failure();
+    assert_eq!(refused.reason, Reason::BadRing);
+    let handle = hostile.open_upstream("sink");
+    hostile.send(handle, b"works");
+    assert_eq!(hostile.flush(handle).sent, 1);
 }
 
 #[test]

@@ -64,6 +64,10 @@ impl Shard {
         if self.phase != Phase::Running {
             return Err((Reason::ShuttingDown, Reason::ShuttingDown.to_string()));
         }
+        // Two questions may have come together.
+        if source.ring.is_some() {
+            return Err((Reason::BadRing, "this session has its rings already".to_owned()));
+        }
         let (uid, bytes) = (source.session.peer.uid, Header::region_bytes(capacity));
         let memory = self.quotas.charge(uid, Resource::RingBytes, bytes).map_err(|exceeded| {
             refused("bytes of rings (ring_bytes_max_per_uid)", exceeded.limit)
@@ -123,7 +127,9 @@ impl Shard {
         result: Result<(), (Reason, String)>,
     ) {
         if let (Err((reason, text)), Some(source)) = (result, self.sources.table.get_mut(id)) {
-            source.ring_charges.clear();
+            if source.ring.is_none() {
+                source.ring_charges.clear();
+            }
             source.session.handle_refused(None, reason);
             let failure = Failure { reason, retry: Retry::NotSent, text };
             source.tell_control(Kind::Failure, correlation, &failure);
