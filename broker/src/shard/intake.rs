@@ -653,7 +653,7 @@ type Answer = Result<Option<BrokerMessage>, (Reason, String)>;
 fn ring_capacity(source: &Source, bytes: u64) -> Result<usize, (Reason, String)> {
     let reason = Reason::BadRing;
     if source.ring.is_some() {
-        return Err((reason, format!("{reason}: this session has its rings already")));
+        return Err((reason, format!("{reason}: the session has its rings already")));
     }
     let capacity = usize::try_from(bytes).ok().filter(|bytes| {
         bytes.is_power_of_two() && (ring::CAPACITY_MIN..=ring::CAPACITY_MAX).contains(bytes)

@@ -66,7 +66,7 @@ impl Shard {
         }
         // Two questions may have come together.
         if source.ring.is_some() {
-            return Err((Reason::BadRing, "this session has its rings already".to_owned()));
+            return Err((Reason::BadRing, "the session has its rings already".to_owned()));
         }
         let (uid, bytes) = (source.session.peer.uid, Header::region_bytes(capacity));
         let memory = self.quotas.charge(uid, Resource::RingBytes, bytes).map_err(|exceeded| {

@@ -1,18 +1,17 @@
-//! What the ring alone costs, beside another ring and beside what the kernel offers, in one run.
+//! What the ring alone costs beside another ring, in one run. Beside what the kernel offers, between
+//! two processes, `poolbroker bench ring` measures it.
 //!
 //! ```text
 //! cargo bench -p poolbroker-tests --bench ring [-- [--json] [--rounds N] [NAME OF A CASE]]
 //! ```
 //!
-//! Messages of 64 bytes go from a side on processor 0 to one on processor 1, and back where it is a
-//! round trip. Between threads both sides poll: the ring beside `rtrb`, whose messages are of a
-//! fixed type and which nobody can sleep on. Between processes both sides sleep when there is
-//! nothing: the ring beside a pipe, a socket, eventfds and futexes, which carry no message.
+//! Messages of 64 bytes go from a thread on processor 0 to one on processor 1, and back where it is a
+//! round trip. Both sides poll: the ring beside `rtrb`, whose messages are of a fixed type and which
+//! nobody can sleep on.
 
 #![forbid(unsafe_code)]
 
 mod measure;
-mod processes;
 mod threads;
 
 use serde_json::json;
@@ -36,11 +35,6 @@ fn main() {
     while let Some(argument) = arguments.next() {
         let mut number = || arguments.next().and_then(|text| text.parse().ok()).expect("a number");
         match argument.as_str() {
-            "--receiver" => {
-                let name = arguments.next().expect("a name");
-                let messages = arguments.next().and_then(|text| text.parse().ok());
-                return processes::receive(&name, messages.expect("a number"));
-            }
             "--json" => is_json = true,
             "--rounds" => rounds = number(),
             // Of cargo, to every benchmark.
@@ -54,8 +48,7 @@ fn main() {
         println!("{:<45} {:<29} {sender:>9} {receiver:>9}   by the first", "case", "each");
     }
     let mut results = Vec::new();
-    let cases = threads::CASES.iter().chain(&processes::CASES);
-    for case in cases.filter(|case| case.name.contains(&wanted)) {
+    for case in threads::CASES.iter().filter(|case| case.name.contains(&wanted)) {
         for outcome in case.measure(rounds.max(1)) {
             match is_json {
                 true => results.extend(outcome.results()),
