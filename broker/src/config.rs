@@ -234,6 +234,10 @@ limits! {
     retired_max: usize = 1024, 1..=10_000, "sockets",
         "UDP sockets with an unanswered request, kept bound for late_reply_window; while there \
          are that many, no further socket is opened for requests.";
+    gso_segments_max: usize = 64, 1..=64, "datagrams",
+        "Equal datagrams handed to the kernel in one send (UDP_SEGMENT). 1: each by itself, for a \
+         local queueing discipline that cuts such a send apart (tbf): the kernel calls it sent when \
+         only a part of it got in.";
     connect_timeout: Duration = s(5), ms(1)..=s(600), "duration",
         "From the start of a connect to its end. Covers two lost SYNs (1 s and 2 s later).";
     wait_timeout: Duration = s(5), ms(1)..=s(3_600), "duration",

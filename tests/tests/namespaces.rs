@@ -16,6 +16,7 @@ use poolbroker_tests::broker::{count_of, list, total};
 use poolbroker_tests::deadline::wait_for;
 use poolbroker_tests::peers::{Manners, TcpEcho, UdpEcho, UdpSink};
 use poolbroker_tests::raw::{Answer, RawClient, ask};
+use poolbroker_tests::raw_ring::RawRing;
 
 const INSIDE: &str = "POOLBROKER_TEST_INSIDE_NAMESPACE";
 
@@ -144,6 +145,69 @@ fn runs_of_datagrams_longer_than_the_path_takes_are_sent_one_by_one() {
         assert!(sink.received() == written, "order or content changed");
         let outcomes = client.flush(handle);
         assert_eq!(outcomes.sent, written.len() as u64, "{outcomes:?}");
+    });
+}
+
+/// U12: what went by GSO a moment ago does not any more.
+#[test]
+#[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
+fn a_path_that_narrows_under_traffic_loses_and_doubles_nothing() {
+    let name = "a_path_that_narrows_under_traffic_loses_and_doubles_nothing";
+    with_ports("40000 50000", name, || {
+        let sink = UdpSink::start();
+        let broker = Broker::start(&[format!("metrics={}", sink.url_write_only())]);
+        let mut client = RawRing::connect(broker.runtime_dir());
+        let handle = client.open_upstream("metrics");
+        let mut written = Vec::new();
+        for mtu in [65_536, 1_500, 1_280, 600, 65_536] {
+            let mtu_text = mtu.to_string();
+            let set = Command::new("ip").args(["link", "set", "lo", "mtu", &mtu_text]).status();
+            assert!(set.unwrap().success());
+            for number in 0..500 {
+                let mut body = format!("{number} at {mtu} ").into_bytes();
+                body.resize(1_200, b'.');
+                client.send(handle, &body);
+                written.push(body);
+            }
+            sink.wait_for(written.len());
+        }
+        assert!(sink.received() == written, "order or content changed");
+        let outcomes = client.flush(handle);
+        assert_eq!(outcomes.sent, written.len() as u64, "{outcomes:?}");
+    });
+}
+
+/// U10: a local queue that is full is noticed, waited for, and at last counted.
+#[test]
+#[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
+fn what_a_full_local_queue_refuses_is_sent_later_or_counted() {
+    let name = "what_a_full_local_queue_refuses_is_sent_later_or_counted";
+    with_ports("40000 50000", name, || {
+        let shape = "qdisc add dev lo root tbf rate 100kbit burst 1600 limit 3000";
+        let shaped = Command::new("tc").args(shape.split(' ')).status();
+        assert!(shaped.unwrap().success());
+        let sink = UdpSink::start();
+        // This queue would cut a segmented send apart, and call what is left of it sent.
+        let config = format!(
+            "[upstream.metrics]\nurl = \"{}\"\ngso_segments_max = 1\n",
+            sink.url_write_only()
+        );
+        let broker = Broker::builder().config(&config).start();
+        let mut client = RawRing::connect(broker.runtime_dir());
+        let handle = client.open_upstream("metrics");
+        for _ in 0..200 {
+            client.send(handle, &[b'.'; 700]);
+        }
+        let outcomes = client.flush(handle);
+        // It takes longer for one to leave than a message is tried: some wait, some are given up.
+        assert!(outcomes.sent > 10 && outcomes.dropped_total() > 10, "{outcomes:?}");
+        assert_eq!(outcomes.accepted, 200);
+        assert_eq!(outcomes.sent + outcomes.dropped_total(), 200);
+        let received = sink.wait_for(usize::try_from(outcomes.sent).unwrap());
+        assert_eq!(received.len() as u64, outcomes.sent, "what is called sent has arrived");
+        let upstream = broker.upstream_status("metrics");
+        assert_eq!(count_of(&upstream, "dropped", "enobufs"), outcomes.dropped_total());
+        broker.assert_sums(&broker.status());
     });
 }
 

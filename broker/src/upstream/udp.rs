@@ -131,6 +131,8 @@ pub enum Unsent {
 pub struct Sender {
     /// Datagrams of this size and above are not sent by GSO.
     gso_size_limit: usize,
+    /// Datagrams of one GSO send.
+    segments_max: usize,
     /// No addresses: the sockets are connected.
     headers: MultiHeaders<()>,
 }
@@ -143,15 +145,18 @@ impl std::fmt::Debug for Sender {
 
 impl Sender {
     /// Nothing is known of the route yet.
-    pub fn new() -> Self {
-        Sender { gso_size_limit: usize::MAX, headers: MultiHeaders::preallocate(BATCH_MAX, None) }
+    pub fn new(segments_max: usize) -> Self {
+        let headers = MultiHeaders::preallocate(BATCH_MAX, None);
+        let mut sender = Sender { gso_size_limit: 0, segments_max, headers };
+        sender.forget_route();
+        sender
     }
 
     /// Forgets what the route refused. To be called when a socket is opened: it may go by another
     /// route, and a route whose MTU has grown again shows it only to those who try. To be wrong
     /// costs one system call.
     pub fn forget_route(&mut self) {
-        self.gso_size_limit = usize::MAX;
+        self.gso_size_limit = if self.segments_max < GSO_RUN_MIN { 0 } else { usize::MAX };
     }
 
     /// Sends the first few of the datagrams that lie back to back in `bytes` with lengths `lens`,
@@ -166,7 +171,7 @@ impl Sender {
     ) -> Result<usize, Unsent> {
         debug_assert!(!lens.is_empty() && lens.len() <= BATCH_MAX);
         let size = lens[0] - gap;
-        let run = equal_run(lens, gap);
+        let run = equal_run(lens, gap).min(self.segments_max);
         let result = if run >= GSO_RUN_MIN && size < self.gso_size_limit {
             match send_segmented(socket.as_fd(), bytes, &lens[..run], gap) {
                 Err(Errno::IO) => {
@@ -377,7 +382,7 @@ mod tests {
                 messages.into_iter().map(|(len, byte)| vec![byte; len + gap]).collect();
             let lens: Vec<_> = messages.iter().map(Vec::len).collect();
             let bytes = messages.concat();
-            let (mut sent, mut at, mut sender) = (0, 0, Sender::new());
+            let (mut sent, mut at, mut sender) = (0, 0, Sender::new(BATCH_MAX));
             let mut room = [0u8; 100];
             while sent < messages.len() {
                 let batch = &lens[sent..messages.len().min(sent + BATCH_MAX)];
@@ -398,7 +403,7 @@ mod tests {
         let (socket, _) = open(sink.local_addr().unwrap(), false).unwrap();
         let lens = [3, 70_000, 5];
         let bytes = vec![7u8; 70_008];
-        let mut sender = Sender::new();
+        let mut sender = Sender::new(BATCH_MAX);
         assert_eq!(sender.send(&socket, &bytes, &lens, 0), Ok(1));
         assert_eq!(sender.send(&socket, &bytes[3..], &lens[1..], 0), Err(Unsent::TooBig));
     }
@@ -407,7 +412,7 @@ mod tests {
     fn a_size_that_the_route_refused_goes_one_by_one_until_the_route_is_forgotten() {
         let sink = sink();
         let (socket, _) = open(sink.local_addr().unwrap(), false).unwrap();
-        let mut sender = Sender::new();
+        let mut sender = Sender::new(BATCH_MAX);
         // What a refusal leaves behind.
         sender.gso_size_limit = 8;
         let bytes = [7u8; 64];
@@ -419,11 +424,23 @@ mod tests {
     }
 
     #[test]
+    fn a_sender_that_may_not_segment_sends_each_datagram_by_itself() {
+        let sink = sink();
+        let (socket, _) = open(sink.local_addr().unwrap(), false).unwrap();
+        let bytes = [7u8; 64];
+        for (segments_max, first) in [(64, 8), (5, 5), (3, 8), (1, 8)] {
+            let mut sender = Sender::new(segments_max);
+            assert_eq!(sender.send(&socket, &bytes, &[8; 8], 0), Ok(first));
+            assert_eq!(sender.gso_size_limit == 0, segments_max < GSO_RUN_MIN);
+        }
+    }
+
+    #[test]
     fn a_refusal_is_about_an_earlier_datagram() {
         let gone = sink();
         let (socket, _) = open(gone.local_addr().unwrap(), false).unwrap();
         drop(gone);
-        let mut sender = Sender::new();
+        let mut sender = Sender::new(BATCH_MAX);
         assert_eq!(sender.send(&socket, b"a", &[1], 0), Ok(1));
         assert_eq!(sender.send(&socket, b"b", &[1], 0), Err(Unsent::Refused));
         assert_eq!(sender.send(&socket, b"b", &[1], 0), Ok(1));
