@@ -55,7 +55,7 @@ struct Source {
 /// A rule: what it forbids, and the lines of a file that break it.
 type Rule = fn(&Source) -> Vec<String>;
 
-const RULES: [(&str, Rule); 9] = [
+const RULES: [(&str, Rule); 10] = [
     ("a file opens with a //! header", header_is_missing),
     ("a file has at most 1,400 lines", too_long),
     ("a file is named after its noun", named_after_nothing),
@@ -63,6 +63,7 @@ const RULES: [(&str, Rule); 9] = [
     ("only proto/src/message.rs names bincode", bincode_names),
     ("pure files import no I/O", io_in_pure_files),
     ("unsafe stands in two files, each time with its reason", unsafe_code),
+    ("each atomic access names the partner of its order", atomics_without_order),
     ("channels are bounded", unbounded_channels),
     ("nothing is left to do later", things_left_to_do),
 ];
@@ -96,6 +97,7 @@ fn each_rule_finds_what_it_forbids() {
         (io_in_pure_files, "broker/src/pool.rs", "use std::net::TcpStream;\n"),
         (unsafe_code, "broker/src/shard.rs", "// SAFETY: no.\nunsafe { x() }\n"),
         (unsafe_code, "broker/src/upstream/sockopt.rs", "\nunsafe { x() }\n"),
+        (atomics_without_order, "proto/src/ring/x.rs", "//! H.\nx.load(Ordering::Relaxed);\n"),
         (unbounded_channels, "broker/src/control.rs", "let (a, b) = unbounded();\n"),
         (things_left_to_do, "broker/src/pool.rs", late),
     ] {
@@ -117,6 +119,7 @@ fn what_the_rules_allow_passes() {
         ),
         ("proto/src/message.rs", "//! A header.\nlet body = bincode::encode(x);\n"),
         ("broker/src/lib.rs", "//! A header.\n#![deny(unsafe_code)]\n"),
+        ("proto/src/x.rs", "//! H.\n// ORDER: partner.\nx.load(Ordering::Relaxed);\n"),
     ] {
         let source = Source { path: path.to_owned(), text: text.to_owned() };
         for (name, rule) in RULES {
@@ -253,6 +256,31 @@ fn unsafe_code(source: &Source) -> Vec<String> {
     let allowed = UNSAFE_FILES.contains(&source.path.as_str());
     (0..lines.len())
         .filter(|number| is_unsafe(lines[*number]) && !(allowed && explained(*number)))
+        .map(|number| format!("{}:{}", source.path, number + 1))
+        .collect()
+}
+
+fn atomics_without_order(source: &Source) -> Vec<String> {
+    // Models and tests order nothing that others rely on.
+    let is_test =
+        ["tests.rs", "model.rs", "hostile.rs"].iter().any(|end| source.path.ends_with(end));
+    if source.path.starts_with("tests/") || is_test {
+        return Vec::new();
+    }
+    let production = source.text.split("\nmod tests {").next().unwrap_or_default();
+    let lines: Vec<&str> = production.lines().collect();
+    let orders = ["::Relaxed", "::Acquire", "::Release", "::AcqRel", "::SeqCst"];
+    // The reason stands above the statement, of which the access may be a later line.
+    let explained = |number: usize| {
+        lines[number.saturating_sub(6)..number].iter().any(|line| line.contains("ORDER:"))
+    };
+    let is_access = |line: &str| {
+        let names_order = orders.iter().any(|order| line.contains(&["Ordering", order].concat()));
+        names_order && !line.starts_with("use ")
+    };
+    (0..lines.len())
+        .filter(|number| is_access(lines[*number]))
+        .filter(|number| !explained(*number))
         .map(|number| format!("{}:{}", source.path, number + 1))
         .collect()
 }
