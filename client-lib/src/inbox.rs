@@ -258,7 +258,8 @@ impl Inbox {
             | BrokerMessage::Opened { .. }
             | BrokerMessage::Flushed(_)
             | BrokerMessage::RingOpened { .. }
-            | BrokerMessage::Attached { .. }) => self.settle(id, Answer::Message(answer)),
+            | BrokerMessage::Attached { .. }
+            | BrokerMessage::Leased { .. }) => self.settle(id, Answer::Message(answer)),
         }
     }
 

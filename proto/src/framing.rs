@@ -1,18 +1,37 @@
 //! Framing: how a byte stream marks where one message ends and the next begins.
 //!
 //! [`Framing::encode`] turns a body into the bytes of one message and refuses a body that the
-//! framing could not give back as one (M14: one message never becomes two). [`Cutter`] does the
-//! reverse, incrementally: it is shown the unread bytes, again and longer when more arrive, and
-//! names the next message in them. It copies and allocates nothing, and remembers how far it has
-//! searched, so one byte at a time costs no more than all at once.
+//! framing could not give back as one (M14: one message never becomes two). [`Framing::classify`]
+//! says what reply a request has, if any, and [`ReplyCutter`] finds it. [`Cutter`] finds the
+//! messages that clients write. Both are incremental: they are shown the unread bytes, again and
+//! longer when more arrive, and name the next message in them. They copy nothing, and remember how
+//! far they have searched, so one byte at a time costs no more than all at once.
+//!
+//! There are two kinds of framings. The plain ones put a mark around any body: a delimiter, a
+//! length. The others are protocols whose messages show their own ends (`resp`, `memcached`,
+//! `http1`, `length`): there the body is the whole message.
 //!
 //! A message that is too long is refused once and skipped up to its end; its tail is never taken
 //! for a message (CVE-2018-15686 was that mistake).
 
+mod cutter;
+mod decimal;
+mod http1;
+mod length;
+mod memcached;
+mod reply;
+mod resp;
+mod scan;
+
 use std::fmt;
-use std::ops::Range;
+use std::ops::RangeInclusive;
+use std::str::FromStr;
 
 use crate::reason::Reason;
+
+pub use cutter::{Cut, Cutter, Tail};
+pub use length::{FIELD_OFFSET_MAX, IdField, LengthField};
+pub use reply::{Expect, ReplyCut, ReplyCutter, Verdict};
 
 /// How a byte stream marks the end of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -23,17 +42,29 @@ pub enum Framing {
     /// they take for an end.
     Crlf,
     /// A length in front: that many bytes follow.
-    Length {
+    Prefix {
         /// Bytes of the length: 2 or 4.
         width: LengthWidth,
         /// Its byte order.
         order: ByteOrder,
     },
+    /// A length inside of the message, which the client writes.
+    Length(LengthField),
     /// Every message has the same size.
     Fixed {
         /// Bytes of each message, at least 1.
         size: u32,
     },
+    /// `5:hello,` (<https://cr.yp.to/proto/netstrings.txt>).
+    Netstring,
+    /// `5 hello` (RFC 6587, section 3.4.1: syslog over TCP).
+    OctetCounted,
+    /// The protocol of Redis, versions 2 and 3.
+    Resp,
+    /// The text protocol of memcached.
+    Memcached,
+    /// HTTP/1.0 and 1.1 (RFC 9112), one exchange after the other.
+    Http1,
     /// No marks at all: bytes as they come. Replies have no end, so requests are refused.
     Raw,
 }
@@ -66,43 +97,55 @@ pub enum ByteOrder {
 }
 
 /// The names of the framings, for messages that list them.
-pub const FRAMING_NAMES: &str = "lines, crlf, u16be, u16le, u32be, u32le, fixed&size=N, raw";
+pub const FRAMING_NAMES: &str = "lines, crlf, u16be, u16le, u32be, u32le, fixed&size=N, \
+    length&offset=N&width=N&endian=big|little&adjust=N, netstring, octet-counted, resp, memcached, \
+    http1, raw";
+
+/// The options of `framing=fixed`.
+const FIXED_OPTIONS: &[&str] = &["size"];
 
 impl Framing {
-    /// The framing of that name; `size` belongs to `fixed` alone.
+    /// The framing of that name, with its options as they stand in a URL: `[("size", "12")]`.
     ///
     /// # Errors
     /// A sentence that says what is wrong and what there is.
-    pub fn parse(name: &str, size: Option<u32>) -> Result<Framing, String> {
-        let length = |width, order| Framing::Length { width, order };
+    pub fn parse(name: &str, options: &[(&str, &str)]) -> Result<Framing, String> {
+        let prefix = |width, order| Framing::Prefix { width, order };
         let framing = match name {
+            "fixed" => {
+                check_options(name, FIXED_OPTIONS, options)?;
+                let size = option(options, "size");
+                let size =
+                    size.ok_or("framing=fixed needs its size: for example framing=fixed&size=12")?;
+                return Ok(Framing::Fixed { size: parse_number("size", size, 1..=u32::MAX)? });
+            }
+            "length" => return Ok(Framing::Length(LengthField::parse(options)?)),
             "lines" => Framing::Lines,
             "crlf" => Framing::Crlf,
-            "u16be" => length(LengthWidth::Two, ByteOrder::Big),
-            "u16le" => length(LengthWidth::Two, ByteOrder::Little),
-            "u32be" => length(LengthWidth::Four, ByteOrder::Big),
-            "u32le" => length(LengthWidth::Four, ByteOrder::Little),
-            "fixed" => match size {
-                Some(size) if size > 0 => return Ok(Framing::Fixed { size }),
-                Some(_) => return Err("framing=fixed needs a size of at least 1 byte".into()),
-                None => return Err("framing=fixed needs its size: framing=fixed&size=N".into()),
-            },
+            "u16be" => prefix(LengthWidth::Two, ByteOrder::Big),
+            "u16le" => prefix(LengthWidth::Two, ByteOrder::Little),
+            "u32be" => prefix(LengthWidth::Four, ByteOrder::Big),
+            "u32le" => prefix(LengthWidth::Four, ByteOrder::Little),
+            "netstring" => Framing::Netstring,
+            "octet-counted" => Framing::OctetCounted,
+            "resp" => Framing::Resp,
+            "memcached" => Framing::Memcached,
+            "http1" => Framing::Http1,
             "raw" => Framing::Raw,
             _ => {
                 return Err(format!("unknown framing {name:?}; there are: {FRAMING_NAMES}"));
             }
         };
-        match size {
-            None => Ok(framing),
-            Some(_) => Err(format!("size belongs to framing=fixed, not to framing={name}")),
-        }
+        check_options(name, &[], options)?;
+        Ok(framing)
     }
 
     /// Appends `body` as one message to `out`.
     ///
     /// # Errors
-    /// [`Reason::Delimiter`], [`Reason::TooLong`] or [`Reason::WrongSize`] when the framing cannot
-    /// carry this body as one message; `out` is then unchanged.
+    /// [`Reason::Delimiter`], [`Reason::TooLong`], [`Reason::WrongSize`], [`Reason::Empty`] or
+    /// [`Reason::Malformed`] when the framing cannot carry this body as one message,
+    /// [`Reason::Stateful`] when a shared connection cannot; `out` is then unchanged.
     pub fn encode(self, body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
         match self {
             Framing::Lines => {
@@ -119,7 +162,7 @@ impl Framing {
                 out.extend_from_slice(body);
                 out.extend_from_slice(b"\r\n");
             }
-            Framing::Length { width: LengthWidth::Two, order } => {
+            Framing::Prefix { width: LengthWidth::Two, order } => {
                 let length = u16::try_from(body.len()).map_err(|_| Reason::TooLong)?;
                 out.extend_from_slice(&match order {
                     ByteOrder::Big => length.to_be_bytes(),
@@ -127,7 +170,7 @@ impl Framing {
                 });
                 out.extend_from_slice(body);
             }
-            Framing::Length { width: LengthWidth::Four, order } => {
+            Framing::Prefix { width: LengthWidth::Four, order } => {
                 let length = u32::try_from(body.len()).map_err(|_| Reason::TooLong)?;
                 out.extend_from_slice(&match order {
                     ByteOrder::Big => length.to_be_bytes(),
@@ -141,9 +184,28 @@ impl Framing {
                 }
                 out.extend_from_slice(body);
             }
+            Framing::Length(field) => field.encode(body, out)?,
+            Framing::Netstring => decimal::encode_netstring(body, out)?,
+            Framing::OctetCounted => decimal::encode_octet_counted(body, out)?,
+            Framing::Resp => resp::encode(body, out)?,
+            Framing::Memcached => memcached::encode(body, out)?,
+            Framing::Http1 => http1::encode(body, out)?,
             Framing::Raw => out.extend_from_slice(body),
         }
         Ok(())
+    }
+
+    /// Appends the message of these words, which may change the connection's state: an array for
+    /// `resp`, else the words joined by single spaces.
+    ///
+    /// # Errors
+    /// As [`Framing::encode`], but for [`Reason::Stateful`].
+    pub fn encode_words(self, words: &[Vec<u8>], out: &mut Vec<u8>) -> Result<(), Reason> {
+        if self == Framing::Resp {
+            resp::encode_words(words, out);
+            return Ok(());
+        }
+        self.encode(&words.join(&b' '), out)
     }
 
     /// As [`Framing::encode`], for a body that a [`Cutter`] cut from lines: it holds no `\n`, and
@@ -165,14 +227,36 @@ impl Framing {
         self.encode(body, out)
     }
 
-    /// Bytes that the framing adds to each body.
+    /// Bytes that the framing adds to a body at most.
     #[must_use]
     pub fn overhead_bytes(self) -> usize {
         match self {
             Framing::Lines => 1,
             Framing::Crlf => 2,
-            Framing::Length { width, .. } => width.bytes(),
-            Framing::Fixed { .. } | Framing::Raw => 0,
+            Framing::Prefix { width, .. } => width.bytes(),
+            Framing::Netstring | Framing::OctetCounted => decimal::OVERHEAD_BYTES_MAX,
+            // A command of one line may lack its end, which is added.
+            Framing::Resp | Framing::Memcached => 2,
+            Framing::Length(_) | Framing::Fixed { .. } | Framing::Http1 | Framing::Raw => 0,
+        }
+    }
+
+    /// What reply `body`, one message as [`Framing::encode`] takes it, has on a connection that
+    /// others share.
+    #[must_use]
+    pub fn classify(self, body: &[u8]) -> Verdict {
+        match self {
+            Framing::Resp => resp::classify(body),
+            Framing::Memcached => memcached::classify(body),
+            Framing::Http1 => http1::classify(body),
+            Framing::Lines
+            | Framing::Crlf
+            | Framing::Prefix { .. }
+            | Framing::Length(_)
+            | Framing::Fixed { .. }
+            | Framing::Netstring
+            | Framing::OctetCounted
+            | Framing::Raw => Verdict::One(Expect::Plain),
         }
     }
 }
@@ -182,229 +266,91 @@ impl fmt::Display for Framing {
         f.write_str(match self {
             Framing::Lines => "lines",
             Framing::Crlf => "crlf",
-            Framing::Length { width: LengthWidth::Two, order: ByteOrder::Big } => "u16be",
-            Framing::Length { width: LengthWidth::Two, order: ByteOrder::Little } => "u16le",
-            Framing::Length { width: LengthWidth::Four, order: ByteOrder::Big } => "u32be",
-            Framing::Length { width: LengthWidth::Four, order: ByteOrder::Little } => "u32le",
+            Framing::Prefix { width: LengthWidth::Two, order: ByteOrder::Big } => "u16be",
+            Framing::Prefix { width: LengthWidth::Two, order: ByteOrder::Little } => "u16le",
+            Framing::Prefix { width: LengthWidth::Four, order: ByteOrder::Big } => "u32be",
+            Framing::Prefix { width: LengthWidth::Four, order: ByteOrder::Little } => "u32le",
             Framing::Fixed { size } => return write!(f, "fixed&size={size}"),
+            Framing::Length(field) => return write!(f, "length{field}"),
+            Framing::Netstring => "netstring",
+            Framing::OctetCounted => "octet-counted",
+            Framing::Resp => "resp",
+            Framing::Memcached => "memcached",
+            Framing::Http1 => "http1",
             Framing::Raw => "raw",
         })
     }
 }
 
-/// What stands at the start of the unread bytes. Positions are relative to them.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Cut {
-    /// A message: its body, and how many bytes the message takes with its marks.
-    Message {
-        /// Where the body is.
-        body: Range<usize>,
-        /// Bytes to drop once the body is used.
-        consumed: usize,
-    },
-    /// A message that is refused, once; its bytes so far are to be dropped.
-    Refused {
-        /// Why.
-        reason: Reason,
-        /// Bytes to drop.
-        consumed: usize,
-    },
-    /// More of a message that was refused before: to be dropped, not counted.
-    Skipped {
-        /// Bytes to drop.
-        consumed: usize,
-    },
-    /// Nothing complete: more bytes are needed.
-    Incomplete,
+/// Reads what stands behind `framing=`: `lines`, `fixed&size=12`.
+impl FromStr for Framing {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Framing, String> {
+        let (name, rest) = text.split_once('&').unwrap_or((text, ""));
+        Framing::parse(name, &split_options(rest)?)
+    }
 }
 
-/// What the end of the stream leaves in the unread bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Tail {
-    /// Nothing, or the rest of a message refused before.
-    Nothing,
-    /// An unterminated message, which the framing lets stand: this is its body.
-    Message(Range<usize>),
-    /// A message that was cut off.
-    Partial,
+/// The keys and values of `offset=2&width=2`.
+pub(crate) fn split_options(text: &str) -> Result<Vec<(&str, &str)>, String> {
+    let pairs = text.split('&').filter(|pair| !pair.is_empty());
+    pairs
+        .map(|pair| {
+            pair.split_once('=')
+                .ok_or_else(|| format!("{pair:?} has no value: for example size=12"))
+        })
+        .collect()
 }
 
-/// How the rest of a refused message is recognised.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Skip {
-    UntilDelimiter,
-    Bytes(usize),
+/// The value of that option.
+pub(crate) fn option<'a>(options: &[(&str, &'a str)], key: &str) -> Option<&'a str> {
+    options.iter().find(|option| option.0 == key).map(|option| option.1)
 }
 
-/// Cuts a byte stream into messages. See the module's text.
-#[derive(Debug, Clone)]
-pub struct Cutter {
-    framing: Framing,
-    message_bytes_max: usize,
-    /// Bytes at the start of the unread ones that are known to hold no delimiter.
-    searched: usize,
-    skip: Option<Skip>,
+/// Whether each of `options` is one of those `known` of that framing, and stands there once.
+fn check_options(name: &str, known: &[&str], options: &[(&str, &str)]) -> Result<(), String> {
+    let mut options = options.iter();
+    while let Some((key, _)) = options.next() {
+        if !known.contains(key) {
+            let there_are = match known {
+                [] => "it takes no options".to_owned(),
+                known => format!("it takes: {}", known.join(", ")),
+            };
+            let belongs = match option_owner(key) {
+                Some(owner) => format!("; {key} belongs to framing={owner}"),
+                None => String::new(),
+            };
+            return Err(format!("framing={name} has no option {key:?}, {there_are}{belongs}"));
+        }
+        if options.as_slice().iter().any(|other| other.0 == *key) {
+            return Err(format!("{key} is given twice"));
+        }
+    }
+    Ok(())
 }
 
-impl Cutter {
-    /// A cutter for bodies of up to `message_bytes_max` bytes.
-    #[must_use]
-    pub fn new(framing: Framing, message_bytes_max: usize) -> Self {
-        Cutter { framing, message_bytes_max, searched: 0, skip: None }
+/// The framing that has this option, if there is one.
+pub(crate) fn option_owner(key: &str) -> Option<&'static str> {
+    if FIXED_OPTIONS.contains(&key) {
+        Some("fixed")
+    } else if LengthField::OPTIONS.contains(&key) {
+        Some("length")
+    } else {
+        None
     }
+}
 
-    /// What stands at the start of `bytes`, which begins where the last cut ended.
-    pub fn next_cut(&mut self, bytes: &[u8]) -> Cut {
-        if let Some(skip) = self.skip {
-            return self.continue_skip(skip, bytes);
-        }
-        match self.framing {
-            Framing::Lines | Framing::Crlf => self.next_delimited(bytes),
-            Framing::Length { width, order } => self.next_counted(bytes, width, order),
-            Framing::Fixed { size } => {
-                let size = usize::try_from(size).unwrap_or(usize::MAX);
-                if size > self.message_bytes_max {
-                    self.skip_bytes(size, bytes)
-                } else if bytes.len() < size {
-                    Cut::Incomplete
-                } else {
-                    Cut::Message { body: 0..size, consumed: size }
-                }
-            }
-            Framing::Raw if bytes.is_empty() => Cut::Incomplete,
-            Framing::Raw => {
-                let taken = bytes.len().min(self.message_bytes_max);
-                Cut::Message { body: 0..taken, consumed: taken }
-            }
-        }
-    }
-
-    /// What the end of the stream means for the unread `bytes`.
-    pub fn finish(&mut self, bytes: &[u8]) -> Tail {
-        if bytes.is_empty() || self.skip.is_some() {
-            return Tail::Nothing;
-        }
-        match self.framing {
-            Framing::Lines => Tail::Message(0..bytes.len()),
-            Framing::Crlf => Tail::Message(0..bytes.strip_suffix(b"\r").unwrap_or(bytes).len()),
-            Framing::Length { .. } | Framing::Fixed { .. } | Framing::Raw => Tail::Partial,
-        }
-    }
-
-    /// The stream begins in the middle of a message: skips the rest of it.
-    pub fn skip_begun(&mut self) {
-        self.searched = 0;
-        self.skip = Some(Skip::UntilDelimiter);
-    }
-
-    /// Forgets what was begun: the next byte starts a message.
-    pub fn reset(&mut self) {
-        self.searched = 0;
-        self.skip = None;
-    }
-
-    /// Whether a refused message is still being skipped.
-    #[must_use]
-    pub fn is_skipping(&self) -> bool {
-        self.skip.is_some()
-    }
-
-    fn next_delimited(&mut self, bytes: &[u8]) -> Cut {
-        match self.delimiter_in(bytes, self.searched) {
-            Some(end) => {
-                self.searched = 0;
-                let consumed = end + self.framing.overhead_bytes();
-                if end > self.message_bytes_max {
-                    return Cut::Refused { reason: Reason::TooLong, consumed };
-                }
-                Cut::Message { body: 0..end, consumed }
-            }
-            None if bytes.len() > self.message_bytes_max + self.framing.overhead_bytes() - 1 => {
-                self.skip = Some(Skip::UntilDelimiter);
-                let consumed = self.without_split_delimiter(bytes);
-                self.searched = 0;
-                Cut::Refused { reason: Reason::TooLong, consumed }
-            }
-            None => {
-                self.searched = self.without_split_delimiter(bytes);
-                Cut::Incomplete
-            }
-        }
-    }
-
-    fn next_counted(&mut self, bytes: &[u8], width: LengthWidth, order: ByteOrder) -> Cut {
-        let field = match (width, order) {
-            (LengthWidth::Two, ByteOrder::Big) => {
-                bytes.first_chunk().map(|wire| u32::from(u16::from_be_bytes(*wire)))
-            }
-            (LengthWidth::Two, ByteOrder::Little) => {
-                bytes.first_chunk().map(|wire| u32::from(u16::from_le_bytes(*wire)))
-            }
-            (LengthWidth::Four, ByteOrder::Big) => {
-                bytes.first_chunk().map(|wire| u32::from_be_bytes(*wire))
-            }
-            (LengthWidth::Four, ByteOrder::Little) => {
-                bytes.first_chunk().map(|wire| u32::from_le_bytes(*wire))
-            }
-        };
-        let Some(length) = field else {
-            return Cut::Incomplete;
-        };
-        let length = usize::try_from(length).unwrap_or(usize::MAX);
-        let whole = length.saturating_add(width.bytes());
-        if length > self.message_bytes_max {
-            self.skip_bytes(whole, bytes)
-        } else if bytes.len() < whole {
-            Cut::Incomplete
-        } else {
-            Cut::Message { body: width.bytes()..whole, consumed: whole }
-        }
-    }
-
-    fn skip_bytes(&mut self, whole: usize, bytes: &[u8]) -> Cut {
-        let consumed = whole.min(bytes.len());
-        if whole > consumed {
-            self.skip = Some(Skip::Bytes(whole - consumed));
-        }
-        Cut::Refused { reason: Reason::TooLong, consumed }
-    }
-
-    fn continue_skip(&mut self, skip: Skip, bytes: &[u8]) -> Cut {
-        let consumed = match skip {
-            Skip::UntilDelimiter => match self.delimiter_in(bytes, 0) {
-                Some(end) => {
-                    self.skip = None;
-                    end + self.framing.overhead_bytes()
-                }
-                None => self.without_split_delimiter(bytes),
-            },
-            Skip::Bytes(left) => {
-                let consumed = left.min(bytes.len());
-                self.skip = (left > consumed).then_some(Skip::Bytes(left - consumed));
-                consumed
-            }
-        };
-        if consumed == 0 { Cut::Incomplete } else { Cut::Skipped { consumed } }
-    }
-
-    fn delimiter_in(&self, bytes: &[u8], from: usize) -> Option<usize> {
-        let unsearched = bytes.get(from..)?;
-        match self.framing {
-            Framing::Crlf => memchr::memmem::find(unsearched, b"\r\n"),
-            Framing::Lines | Framing::Length { .. } | Framing::Fixed { .. } | Framing::Raw => {
-                memchr::memchr(b'\n', unsearched)
-            }
-        }
-        .map(|at| at + from)
-    }
-
-    /// Bytes that cannot be part of a delimiter whose second half is still to come.
-    fn without_split_delimiter(&self, bytes: &[u8]) -> usize {
-        match self.framing {
-            Framing::Crlf if bytes.last() == Some(&b'\r') => bytes.len() - 1,
-            _ => bytes.len(),
-        }
-    }
+/// The number that stands behind `key=`.
+pub(crate) fn parse_number<T: FromStr + PartialOrd + fmt::Display>(
+    key: &str,
+    value: &str,
+    range: RangeInclusive<T>,
+) -> Result<T, String> {
+    let number = if value.starts_with('+') { None } else { value.parse().ok() };
+    number.filter(|number| range.contains(number)).ok_or_else(|| {
+        format!("{key} {value:?} is no number from {} to {}", range.start(), range.end())
+    })
 }
 
 #[cfg(test)]
@@ -412,168 +358,98 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const MAX: usize = 64;
-
-    fn all_framings() -> Vec<Framing> {
-        let mut framings: Vec<_> = ["lines", "crlf", "u16be", "u16le", "u32be", "u32le", "raw"]
-            .iter()
-            .map(|name| Framing::parse(name, None).unwrap())
-            .collect();
-        framings.push(Framing::parse("fixed", Some(7)).unwrap());
-        framings
-    }
-
-    /// The stream cut as it arrives in pieces: messages and refusals.
-    fn cut(framing: Framing, stream: &[u8], pieces: &[usize]) -> (Vec<Vec<u8>>, Vec<Reason>, Tail) {
-        let mut cutter = Cutter::new(framing, MAX);
-        let (mut buffer, mut messages, mut refused, mut at) = (vec![], vec![], vec![], 0);
-        let mut pieces = pieces.iter().cycle();
-        while at < stream.len() {
-            let end = (at + pieces.next().unwrap()).min(stream.len());
-            buffer.extend_from_slice(&stream[at..end]);
-            at = end;
-            loop {
-                match cutter.next_cut(&buffer) {
-                    Cut::Message { body, consumed } => {
-                        messages.push(buffer[body].to_vec());
-                        buffer.drain(..consumed);
-                    }
-                    Cut::Refused { reason, consumed } => {
-                        refused.push(reason);
-                        buffer.drain(..consumed);
-                    }
-                    Cut::Skipped { consumed } => {
-                        assert!(consumed > 0);
-                        buffer.drain(..consumed);
-                    }
-                    Cut::Incomplete => break,
-                }
-            }
-            assert!(buffer.len() <= MAX + 5, "an endless message must not fill the buffer");
+    #[test]
+    fn what_is_displayed_is_read_again() {
+        for text in [
+            "lines",
+            "crlf",
+            "u16be",
+            "u16le",
+            "u32be",
+            "u32le",
+            "fixed&size=12",
+            "length",
+            "length&offset=2&width=2&endian=little&adjust=6",
+            "length&offset=65535&width=8&adjust=-7",
+            "netstring",
+            "octet-counted",
+            "resp",
+            "memcached",
+            "http1",
+            "raw",
+        ] {
+            let framing = text.parse::<Framing>().unwrap();
+            assert_eq!(framing.to_string(), text);
+            let name = text.split('&').next().unwrap();
+            assert!(FRAMING_NAMES.contains(name), "{name}");
         }
-        let tail = cutter.finish(&buffer);
-        (messages, refused, tail)
+        let spelled_out = "length&adjust=4&endian=big&width=4&offset=0".parse::<Framing>();
+        assert_eq!(spelled_out, "length".parse());
+        let field = LengthField { offset: 2, width: 2, order: ByteOrder::Little, adjust: 4 };
+        let text = "length&offset=2&width=2&endian=little&adjust=4";
+        assert_eq!(text.parse(), Ok(Framing::Length(field)));
+        assert_eq!(Framing::Length(field).to_string(), "length&offset=2&width=2&endian=little");
     }
 
-    fn bodies() -> impl Strategy<Value = Vec<Vec<u8>>> {
-        let body = prop_oneof![
-            proptest::collection::vec(any::<u8>(), 0..MAX + 20),
-            proptest::collection::vec(prop_oneof![Just(b'\r'), Just(b'\n'), Just(b'a')], 0..12),
-            proptest::collection::vec(any::<u8>(), 7..=7),
-        ];
-        proptest::collection::vec(body, 0..12)
+    #[test]
+    fn wrong_framings_teach() {
+        for (text, says) in [
+            ("line", "unknown framing \"line\"; there are: lines, crlf"),
+            ("", "unknown framing \"\""),
+            ("fixed", "framing=fixed needs its size: for example framing=fixed&size=12"),
+            ("fixed&size", "\"size\" has no value: for example size=12"),
+            ("fixed&size=0", "size \"0\" is no number from 1 to 4294967295"),
+            ("fixed&size=+1", "is no number"),
+            ("fixed&size=4294967296", "is no number"),
+            ("fixed&size=1&size=2", "size is given twice"),
+            ("fixed&sized=1", "framing=fixed has no option \"sized\", it takes: size"),
+            (
+                "lines&size=3",
+                "framing=lines has no option \"size\", it takes no options; \
+                 size belongs to framing=fixed",
+            ),
+            ("fixed&width=3", "belongs to framing=length"),
+            (
+                "length&size=3",
+                "framing=length has no option \"size\", it takes: offset, width, \
+                 endian, adjust; size belongs to framing=fixed",
+            ),
+            ("length&width=5", "width \"5\" is none of 1, 2, 3, 4, 8"),
+            ("length&endian=middle", "neither big nor little"),
+            ("length&offset=65536", "offset \"65536\" is no number from 0 to 65535"),
+            ("length&adjust=x", "adjust \"x\" is no number"),
+            ("length&width=1&adjust=-255", "adjust -255 lets no message"),
+        ] {
+            let problem = text.parse::<Framing>().unwrap_err();
+            assert!(problem.contains(says), "{text}: {problem}");
+        }
+        assert!("length&width=1&adjust=-254".parse::<Framing>().is_ok());
+    }
+
+    #[test]
+    fn bodies_take_no_more_than_the_overhead_says() {
+        for text in ["lines", "crlf", "u16be", "u32le", "netstring", "octet-counted", "raw"] {
+            let framing = text.parse::<Framing>().unwrap();
+            let mut out = Vec::new();
+            framing.encode(&[b'a'; 12_345], &mut out).unwrap();
+            assert!(out.len() - 12_345 <= framing.overhead_bytes(), "{text}");
+        }
+        // The longest length and both marks of a netstring.
+        assert_eq!(Framing::Netstring.overhead_bytes(), "999999999:,".len());
     }
 
     proptest! {
         #[test]
-        fn any_split_of_the_stream_gives_the_same_messages(
-            bodies in bodies(),
-            pieces in proptest::collection::vec(1usize..20, 1..20),
+        fn arbitrary_text_never_panics_and_what_is_read_prints_back(
+            text in prop_oneof![
+                "(length|fixed)(&(size|offset|width|endian|adjust)=(little|-?[0-9]{0,11})){0,4}",
+                "(length|fixed&size=[1-9]|lines)(&(offset|width|adjust)=[1-4]){0,2}",
+                ".{0,40}",
+            ],
         ) {
-            for framing in all_framings() {
-                let mut stream = Vec::new();
-                let (mut expected, mut too_long) = (vec![], 0);
-                for body in &bodies {
-                    let before = stream.len();
-                    match framing.encode(body, &mut stream) {
-                        Ok(()) if body.len() > MAX => too_long += 1,
-                        Ok(()) => expected.push(body.clone()),
-                        Err(_) => prop_assert_eq!(stream.len(), before),
-                    }
-                }
-                let (messages, refused, tail) = cut(framing, &stream, &pieces);
-                if framing == Framing::Raw {
-                    prop_assert_eq!(messages.concat(), stream);
-                    continue;
-                }
-                prop_assert_eq!(&messages, &expected, "{}", framing);
-                prop_assert_eq!(refused.len(), too_long, "{}", framing);
-                prop_assert_eq!(tail, Tail::Nothing);
+            if let Ok(framing) = text.parse::<Framing>() {
+                prop_assert_eq!(framing.to_string().parse::<Framing>(), Ok(framing));
             }
         }
-
-        #[test]
-        fn arbitrary_bytes_never_panic_and_do_not_depend_on_the_split(
-            stream in proptest::collection::vec(any::<u8>(), 0..400),
-            pieces in proptest::collection::vec(1usize..30, 1..10),
-        ) {
-            for framing in all_framings() {
-                if framing == Framing::Raw { continue; }
-                let (messages, refused, _) = cut(framing, &stream, &pieces);
-                let (one_by_one, refused_one_by_one, _) = cut(framing, &stream, &[1]);
-                prop_assert_eq!(messages, one_by_one);
-                prop_assert_eq!(refused, refused_one_by_one);
-            }
-        }
-    }
-
-    #[test]
-    fn a_record_that_is_too_long_is_dropped_up_to_its_delimiter_and_counted_once() {
-        let mut stream = vec![b'A'; 1_000_000];
-        stream.extend_from_slice(b"\nOK\n");
-        let (messages, refused, _) = cut(Framing::Lines, &stream, &[MAX]);
-        assert_eq!(messages, vec![b"OK".to_vec()]);
-        assert_eq!(refused, vec![Reason::TooLong]);
-    }
-
-    #[test]
-    fn lengths_at_the_limits_neither_panic_nor_wrap() {
-        for (name, field) in [
-            ("u32be", u32::MAX.to_be_bytes()),
-            ("u32le", u32::MAX.to_le_bytes()),
-            ("u32be", (1u32 << 31).to_be_bytes()),
-            ("u32be", (MAX as u32 + 1).to_be_bytes()),
-        ] {
-            let mut cutter = Cutter::new(Framing::parse(name, None).unwrap(), MAX);
-            let first = cutter.next_cut(&field);
-            assert_eq!(first, Cut::Refused { reason: Reason::TooLong, consumed: 4 });
-            assert!(cutter.is_skipping());
-        }
-        let mut cutter = Cutter::new(Framing::parse("u32be", None).unwrap(), MAX);
-        assert_eq!(cutter.next_cut(&[0; 4]), Cut::Message { body: 4..4, consumed: 4 });
-    }
-
-    #[test]
-    fn a_body_that_contains_its_delimiter_is_refused() {
-        for body in [&b"a\nFORGED"[..], b"\n", b"x\r\ny"] {
-            for framing in [Framing::Lines, Framing::Crlf] {
-                let mut out = b"before".to_vec();
-                assert_eq!(framing.encode(body, &mut out), Err(Reason::Delimiter));
-                assert_eq!(out, b"before");
-            }
-        }
-        let mut out = Vec::new();
-        assert_eq!(Framing::Crlf.encode(b"a\rb", &mut out), Err(Reason::Delimiter));
-    }
-
-    #[test]
-    fn an_unterminated_tail_is_a_message_only_where_the_framing_has_a_delimiter() {
-        assert_eq!(cut(Framing::Lines, b"a\nb", &[1]).2, Tail::Message(0..1));
-        assert_eq!(cut(Framing::Crlf, b"a\r\nb\r", &[1]).2, Tail::Message(0..1));
-        let counted = Framing::parse("u16be", None).unwrap();
-        assert_eq!(cut(counted, &[0, 2, b'x'], &[1]).2, Tail::Partial);
-    }
-
-    #[test]
-    fn the_rest_of_a_message_that_was_begun_elsewhere_is_skipped() {
-        let mut cutter = Cutter::new(Framing::Lines, MAX);
-        cutter.skip_begun();
-        assert_eq!(cutter.next_cut(b"rest\nwhole\n"), Cut::Skipped { consumed: 5 });
-        assert_eq!(cutter.next_cut(b"whole\n"), Cut::Message { body: 0..5, consumed: 6 });
-    }
-
-    #[test]
-    fn names_parse_back_and_wrong_ones_teach() {
-        for framing in all_framings() {
-            let text = framing.to_string();
-            let (name, size) = match text.split_once("&size=") {
-                Some((name, size)) => (name, Some(size.parse().unwrap())),
-                None => (text.as_str(), None),
-            };
-            assert_eq!(Framing::parse(name, size), Ok(framing));
-        }
-        assert!(Framing::parse("line", None).unwrap_err().contains("lines, crlf"));
-        assert!(Framing::parse("fixed", None).unwrap_err().contains("size=N"));
-        assert!(Framing::parse("lines", Some(3)).is_err());
     }
 }

@@ -50,6 +50,17 @@ pub enum ClientMessage {
         /// that there is no more keeps its handle, and what is sent to it is refused.
         upstreams: Vec<String>,
     },
+    /// Asks for the loan of one connection of the upstream that the frame header names, until
+    /// `timeout_ms` of the header have passed. Answered by [`BrokerMessage::Leased`]. This, the
+    /// answer and [`ClientMessage::Release`] go by the socket, also where there is a ring.
+    Lease,
+    /// The end of a loan. Not answered.
+    Release {
+        /// Which.
+        lease: u64,
+        /// The last exchange on it is complete: it may serve the next lease.
+        is_clean: bool,
+    },
 }
 
 /// What kind of descriptor a client hands over.
@@ -112,6 +123,11 @@ pub enum BrokerMessage {
     RingOpened {
         /// How often the pair was attached to a broker.
         epoch: u64,
+    },
+    /// Answers `Lease`, with the connected socket attached.
+    Leased {
+        /// What the release names.
+        lease: u64,
     },
 }
 

@@ -100,6 +100,18 @@ reasons! {
     BadRing "bad_ring" "the passed memory is not a ring of this release";
     RingAttached "ring_attached" "the ring is attached to a session already";
     RingCorrupt "ring_corrupt" "what stands in the client's ring does not make sense";
+    // A request that its framing knows.
+    Stateful "stateful" "the request would change or occupy a connection that others share";
+    Malformed "malformed" "the bytes are not one complete message of the upstream's framing";
+    // A connection's beginning and end.
+    OnConnect "on_connect" "a request of on_connect did not get the reply it expects";
+    ReplyEndsConnection "reply_ends_connection" "the upstream said that it closes the connection behind its reply";
+    Stuck "stuck" "the replies of requests that nobody awaits any more did not come either";
+    AddressGone "address_gone" "the host name does not resolve to this address any more";
+    // A lease.
+    LeaseExpired "lease_expired" "the lease was not given back by its deadline";
+    LeaseEnded "lease_ended" "the lease ended without giving the connection back";
+    LeaseUnclean "lease_unclean" "the connection was given back with bytes unread or unsent";
 }
 
 impl Reason {
