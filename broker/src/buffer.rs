@@ -19,6 +19,11 @@ impl ReceiveBuffer {
         &self.bytes[self.start..self.end]
     }
 
+    /// The same, to be changed in its place.
+    pub fn unread_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..self.end]
+    }
+
     /// Whether everything was used.
     pub fn is_empty(&self) -> bool {
         self.start == self.end

@@ -11,6 +11,7 @@
 
 mod entry;
 mod fixed;
+mod on_connect;
 
 use std::fmt;
 use std::path::Path;
@@ -27,6 +28,7 @@ pub use entry::ConfigError;
 use entry::{Entry, Setting, Source, expected, line_at, read_within, shown};
 use fixed::units::{DAY, KIB, MIB, NONE, ms, s};
 pub use fixed::*;
+pub use on_connect::{Greeting, Spell};
 
 use crate::separator::Separator;
 
@@ -56,6 +58,14 @@ pub struct UpstreamConfig {
     pub overflow: Overflow,
     /// How small messages are joined into datagrams, if they are.
     pub coalesce: Option<Coalesce>,
+    /// Whether a request may be repeated though it was sent.
+    pub is_idempotent: bool,
+    /// Whether its connections are lent.
+    pub lends: bool,
+    /// What a fresh connection says first.
+    pub on_connect: Vec<Greeting>,
+    /// The same with the secrets in it: [`Config::load_secrets`].
+    pub spells: Vec<Spell>,
     /// Its FIFO in the runtime directory, unless `fifo = false`.
     pub fifo: Option<FifoConfig>,
 }
@@ -223,6 +233,11 @@ limits! {
         "Connects in progress at once, so that a peer that comes back is not stormed.";
     waiters_max: usize = 1024, 0..=1_000_000, "requests",
         "Requests waiting for a connection; one more is refused with waiters_full.";
+    pipeline_depth: usize = 1, 1..=4_096, "requests",
+        "Requests on one connection at once. 1: the next one waits for the reply, and a reply that \
+         comes too late costs the connection. More: replies come in their order, so a slow request \
+         holds up those behind it. With an id in the URL replies come in any order and the \
+         default is 256.";
     requests_per_connection_max: u64 = 0, 0..=1_000_000_000_000, "requests",
         "A connection closes after that many. 0: no limit.";
     message_bytes_max: usize = MIB, 1..=MESSAGE_BYTES_MAX, "bytes",
@@ -245,6 +260,16 @@ limits! {
     request_timeout: Duration = s(30), ms(1)..=DAY, "duration",
         "From the first byte of a request written to the last byte of its reply. The deadline of \
          the caller counts too; the earlier wins.";
+    retry_budget_percent: u32 = 10, 0..=100, "%",
+        "Requests repeated though they were sent, of all requests; only where idempotent = true. \
+         More would multiply the load of an upstream that fails.";
+    retransmits: u32 = 0, 0..=20, "datagrams",
+        "How often a UDP request is sent again while no reply comes.";
+    retransmit_interval: Duration = s(1), ms(1)..=s(600), "duration",
+        "How long each of them waits for the reply before.";
+    lease_timeout: Duration = s(60), ms(1)..=DAY, "duration",
+        "How long a lease is held at most. The deadline of the holder counts too; the earlier \
+         wins.";
     queue_timeout: Duration = s(30), NONE..=DAY, "duration",
         "How long a one-way message waits before it ends as expired. 0s: for ever.";
     idle_timeout: Duration = s(60), NONE..=DAY, "duration",
@@ -403,6 +428,24 @@ impl Config {
         Ok(config)
     }
 
+    /// Reads the secrets of `on_connect`. Not part of [`Config::parse`], which only reads text.
+    ///
+    /// # Errors
+    /// [`ConfigError`], for the first that is missing.
+    pub fn load_secrets(&mut self, source_name: &str) -> Result<(), ConfigError> {
+        for upstream in &mut self.upstreams {
+            let framing = upstream.url.framing;
+            let spells = upstream.on_connect.iter().map(|greeting| greeting.spell(framing));
+            upstream.spells = spells.collect::<Result<_, _>>().map_err(|problem| ConfigError {
+                source_name: source_name.to_owned(),
+                line: None,
+                key: format!("upstream.{}.on_connect", upstream.name),
+                problem,
+            })?;
+        }
+        Ok(())
+    }
+
     /// Adds the upstream of `NAME=URL`, as on the command line, with default limits.
     ///
     /// # Errors
@@ -437,10 +480,14 @@ impl UpstreamConfig {
     pub fn new(name: &str, url: UpstreamUrl) -> Self {
         UpstreamConfig {
             name: name.to_owned(),
-            limits: UpstreamLimits::of(url.protocol),
+            limits: UpstreamLimits::of(&url),
             url,
             overflow: Overflow::default(),
             coalesce: None,
+            is_idempotent: false,
+            lends: false,
+            on_connect: Vec::new(),
+            spells: Vec::new(),
             fifo: Some(FifoConfig::default()),
         }
     }
@@ -457,9 +504,19 @@ impl UpstreamConfig {
 }
 
 impl UpstreamLimits {
+    /// The defaults of an upstream of that URL.
+    #[must_use]
+    pub fn of(url: &UpstreamUrl) -> Self {
+        let mut limits = UpstreamLimits::of_protocol(url.protocol);
+        if url.id.is_some() {
+            limits.pipeline_depth = ID_PIPELINE_DEPTH;
+        }
+        limits
+    }
+
     /// The defaults of an upstream of that protocol type.
     #[must_use]
-    pub fn of(protocol: Protocol) -> Self {
+    pub fn of_protocol(protocol: Protocol) -> Self {
         let mut limits = UpstreamLimits::default();
         match protocol {
             Protocol::Tcp => {}
@@ -514,10 +571,13 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
             "overflow" => upstream.overflow = read_overflow(entry)?,
             "coalesce" => upstream.coalesce = Some(read_coalesce(entry, upstream.url.protocol)?),
             "fifo" => upstream.fifo = read_fifo(entry)?,
+            "idempotent" => upstream.is_idempotent = entry.flag()?,
+            "lease" => upstream.lends = entry.flag()?,
+            "on_connect" => upstream.on_connect = on_connect::read(entry, &upstream.url)?,
             _ => read_limit(
                 entry,
                 upstream.limits.set(entry.key, entry.value.get_ref()),
-                &["url", "overflow", "coalesce", "fifo"],
+                &["url", "overflow", "coalesce", "idempotent", "lease", "on_connect", "fifo"],
                 UpstreamLimits::TABLE,
             )?,
         }
@@ -600,16 +660,7 @@ fn read_fifo(section: &Entry<'_>) -> Result<Option<FifoConfig>, ConfigError> {
 }
 
 fn read_fifo_framing(entry: &Entry<'_>) -> Result<Framing, ConfigError> {
-    let text = entry.text()?;
-    let (name, size) = match text.split_once("&size=") {
-        Some((name, size)) => {
-            let number = size.parse::<u32>();
-            let number = number.map_err(|_| entry.wrong(format!("size {size:?} is no number")))?;
-            (name, Some(number))
-        }
-        None => (text, None),
-    };
-    match Framing::parse(name, size) {
+    match entry.text()?.parse() {
         Ok(Framing::Raw) => Err(entry.wrong("raw marks no end of a message: choose lines")),
         Ok(framing) => Ok(framing),
         Err(problem) => Err(entry.wrong(problem)),
@@ -725,6 +776,22 @@ fn check_upstream(upstream: &UpstreamConfig) -> Result<(), (&'static str, String
             return Err(("message_bytes_max", problem));
         }
         Protocol::Udp | Protocol::UdpWriteOnly => {}
+    }
+    if limits.pipeline_depth > 1 && upstream.url.id.is_none() {
+        let problem = match upstream.url.protocol {
+            Protocol::Tcp => None,
+            Protocol::Udp => Some(
+                "datagrams may overtake each other: name the id by which replies \
+                 are known, as in udp://127.0.0.1:53?id_offset=0&id_width=2",
+            ),
+            Protocol::UdpWriteOnly => Some("a write-only upstream takes no requests"),
+        };
+        if let Some(problem) = problem {
+            return Err(("pipeline_depth", problem.to_owned()));
+        }
+    }
+    if limits.retransmits > 0 && upstream.url.protocol != Protocol::Udp {
+        return Err(("retransmits", "only requests over udp are sent again".to_owned()));
     }
     if let Framing::Fixed { size } = upstream.url.framing
         && usize::try_from(size).map_or(true, |size| size > bytes)

@@ -8,6 +8,8 @@ new_key_type! {
     pub struct ConnId;
     /// One request of an upstream.
     pub struct RequestId;
+    /// One lease of a connection, asked for or held.
+    pub struct LeaseId;
     /// One source of messages: a session or a FIFO.
     pub struct SourceId;
 }

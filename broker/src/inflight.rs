@@ -1,9 +1,19 @@
-//! Which reply belongs to whom: the table of requests that await one.
+//! Which reply belongs to whom: the requests that await one, and the slots of the connections that
+//! carry them.
 //!
-//! A request is *waiting* for a connection or *on* one. Matching is exclusive: a connection
-//! carries at most one request, so the next reply on it belongs to that request and to no other.
+//! A request is *waiting* for a connection or *on* one. On a connection it has a *slot*, and the
+//! slot has a *tag* by which its reply is known:
+//!
+//! - *in order*: tags count up, and the next reply on a connection belongs to its oldest slot. With
+//!   one slot per connection that is the exclusive exchange;
+//! - *by id*: the tag is the id that the request carries and its reply repeats. It is drawn at
+//!   random among those that are free on the connection, so that nobody can guess it.
+//!
 //! An entry leaves the table exactly once, when its request has its end; a late event finds no
-//! entry and reaches nobody.
+//! entry and reaches nobody. A slot outlives its request: one that was given up is *abandoned* and
+//! swallows its late reply, so that nothing behind it moves up.
+
+use std::collections::VecDeque;
 
 use slotmap::{SecondaryMap, SlotMap};
 
@@ -19,6 +29,21 @@ pub struct Owner {
     pub correlation: u64,
 }
 
+/// By what a reply is known on its connection.
+pub type Tag = u64;
+
+/// How replies find their slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Matching {
+    /// By their order.
+    InOrder,
+    /// By an id.
+    ById {
+        /// Ids are below this.
+        ids: u64,
+    },
+}
+
 /// One request that has not ended.
 #[derive(Debug, Clone, Copy)]
 pub struct Request {
@@ -28,6 +53,8 @@ pub struct Request {
     pub asked_at: Time,
     /// The caller's own deadline.
     pub caller_deadline: Option<Time>,
+    /// How often it was put on a connection that was lost before its reply came.
+    pub retries: u32,
     /// Where it is.
     pub place: Place,
 }
@@ -40,26 +67,120 @@ pub enum Place {
         /// The earlier of `wait_timeout` and the caller's deadline.
         deadline: Time,
     },
-    /// On a connection, until the deadline.
+    /// In a slot of a connection.
     On {
         /// Which.
         conn: ConnId,
-        /// The earlier of `request_timeout` and the caller's deadline.
-        deadline: Time,
+        /// Which slot.
+        tag: Tag,
     },
 }
 
-/// The requests of one upstream that have not ended.
+/// What happens to a slot by itself, and when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Times {
+    /// The request ends: the earlier of `request_timeout` and the caller's deadline.
+    pub deadline: Time,
+    /// Nobody expects the reply any more, whether somebody awaits it or not.
+    pub hopeless_at: Time,
+    /// The request is sent again, and so many times after that.
+    pub resend: Option<(Time, u32)>,
+}
+
+/// One request on a connection, or what is left of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Slot {
+    /// By what its reply is known.
+    pub tag: Tag,
+    /// Who awaits the reply; none: it was given up.
+    pub request: Option<RequestId>,
+    /// When something happens to it.
+    pub times: Times,
+}
+
+impl Slot {
+    fn due(&self) -> Time {
+        match (self.request, self.times.resend) {
+            (None, _) => self.times.hopeless_at,
+            (Some(_), None) => self.times.deadline,
+            (Some(_), Some((resend_at, _))) => self.times.deadline.min(resend_at),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
+struct Slots {
+    queue: VecDeque<Slot>,
+    awaited: usize,
+    next_tag: Tag,
+    /// No slot is due before this.
+    due: Option<Time>,
+}
+
+/// The requests of one upstream that have not ended.
+#[derive(Debug)]
 pub struct InFlight {
+    matching: Matching,
     requests: SlotMap<RequestId, Request>,
-    on_conn: SecondaryMap<ConnId, RequestId>,
+    conns: SecondaryMap<ConnId, Slots>,
+    random: fastrand::Rng,
 }
 
 impl InFlight {
+    /// Nothing in flight; `seed` makes the ids.
+    pub fn new(matching: Matching, seed: u64) -> Self {
+        InFlight {
+            matching,
+            requests: SlotMap::with_key(),
+            conns: SecondaryMap::new(),
+            random: fastrand::Rng::with_seed(seed),
+        }
+    }
+
     /// How many requests have not ended.
     pub fn len(&self) -> usize {
         self.requests.len()
+    }
+
+    /// The request, while it has not ended.
+    pub fn get(&self, request: RequestId) -> Option<&Request> {
+        self.requests.get(request)
+    }
+
+    /// Every request.
+    pub fn ids(&self) -> Vec<RequestId> {
+        self.requests.keys().collect()
+    }
+
+    /// How many slots a connection has, and in how many somebody awaits a reply.
+    pub fn slots(&self, conn: ConnId) -> (usize, usize) {
+        self.conns.get(conn).map_or((0, 0), |slots| (slots.queue.len(), slots.awaited))
+    }
+
+    /// Whether a connection can have one more slot beside `slots_max - 1` others.
+    pub fn has_room(&self, conn: ConnId, slots_max: usize) -> bool {
+        let (slots, awaited) = self.slots(conn);
+        match self.matching {
+            Matching::InOrder => slots < slots_max,
+            // Half of the ids stay free, so that one is found soon.
+            Matching::ById { ids } => awaited < slots_max && (slots as u64) < ids.div_ceil(2),
+        }
+    }
+
+    /// The slots of a connection, oldest first.
+    pub fn slots_on(&self, conn: ConnId) -> impl Iterator<Item = &Slot> {
+        self.conns.get(conn).into_iter().flat_map(|slots| &slots.queue)
+    }
+
+    /// The slot of that tag.
+    pub fn slot(&self, conn: ConnId, tag: Tag) -> Option<&Slot> {
+        let queue = &self.conns.get(conn)?.queue;
+        place_of(queue, tag).map(|place| &queue[place])
+    }
+
+    /// When something happens on a connection, at the earliest.
+    pub fn due(&self, conn: ConnId) -> Option<Time> {
+        self.conns.get(conn)?.due
     }
 
     /// Adds a request that waits until `deadline`.
@@ -71,54 +192,112 @@ impl InFlight {
         deadline: Time,
     ) -> RequestId {
         let place = Place::Waiting { deadline };
-        self.requests.insert(Request { owner, asked_at, caller_deadline, place })
+        self.requests.insert(Request { owner, asked_at, caller_deadline, retries: 0, place })
     }
 
-    /// The request, while it has not ended.
-    pub fn get(&self, request: RequestId) -> Option<&Request> {
-        self.requests.get(request)
+    /// Puts a waiting request into a new slot of a connection, which [has room](Self::has_room).
+    pub fn assign(&mut self, request: RequestId, conn: ConnId, times: Times) -> Option<Tag> {
+        let entry = self.requests.get_mut(request)?;
+        let slots = self.conns.entry(conn)?.or_default();
+        let tag = match self.matching {
+            Matching::InOrder => slots.next_tag,
+            Matching::ById { ids } => loop {
+                let id = self.random.u64(..ids);
+                if place_of(&slots.queue, id).is_none() {
+                    break id;
+                }
+            },
+        };
+        slots.next_tag += 1;
+        entry.place = Place::On { conn, tag };
+        let slot = Slot { tag, request: Some(request), times };
+        slots.due = Some(slots.due.map_or(slot.due(), |due| due.min(slot.due())));
+        slots.queue.push_back(slot);
+        slots.awaited += 1;
+        Some(tag)
     }
 
-    /// The request on a connection.
-    pub fn on(&self, conn: ConnId) -> Option<RequestId> {
-        self.on_conn.get(conn).copied()
-    }
-
-    /// When the request on a connection times out.
-    pub fn deadline_on(&self, conn: ConnId) -> Option<Time> {
-        match self.requests.get(self.on(conn)?)?.place {
-            Place::On { deadline, .. } => Some(deadline),
-            Place::Waiting { .. } => None,
-        }
-    }
-
-    /// Puts a request on a connection that carries none.
-    pub fn assign(&mut self, request: RequestId, conn: ConnId, deadline: Time) {
-        debug_assert!(self.on(conn).is_none(), "matching is exclusive");
+    /// Takes a request off its slot, which its connection does not need any more, to wait again.
+    pub fn wait_again(&mut self, request: RequestId, deadline: Time, is_retry: bool) {
         if let Some(entry) = self.requests.get_mut(request) {
-            entry.place = Place::On { conn, deadline };
-            self.on_conn.insert(conn, request);
+            entry.place = Place::Waiting { deadline };
+            entry.retries += u32::from(is_retry);
         }
     }
 
-    /// Takes the request off its connection, of which it used nothing, to wait again.
-    pub fn unassign(&mut self, conn: ConnId, deadline: Time) -> Option<RequestId> {
-        let request = self.on_conn.remove(conn)?;
-        self.requests.get_mut(request)?.place = Place::Waiting { deadline };
-        Some(request)
+    /// Takes out the slot of a reply that came.
+    pub fn take(&mut self, conn: ConnId, tag: Tag) -> Option<Slot> {
+        let slots = self.conns.get_mut(conn)?;
+        let slot = slots.queue.remove(place_of(&slots.queue, tag)?)?;
+        slots.awaited -= usize::from(slot.request.is_some());
+        if slots.queue.is_empty() {
+            slots.due = None;
+        }
+        Some(slot)
     }
 
-    /// Removes a request that has its end.
-    pub fn remove(&mut self, request: RequestId) -> Option<Request> {
+    /// Takes out every slot of a connection that has ended, oldest first.
+    pub fn take_all(&mut self, conn: ConnId) -> VecDeque<Slot> {
+        self.conns.remove(conn).unwrap_or_default().queue
+    }
+
+    /// Removes a request that has its end. Its slot, if it has one, is abandoned: its reply is not
+    /// expected after `hopeless_at`, unless that is set already.
+    pub fn remove(&mut self, request: RequestId, hopeless_at: Option<Time>) -> Option<Request> {
         let entry = self.requests.remove(request)?;
-        if let Place::On { conn, .. } = entry.place {
-            self.on_conn.remove(conn);
+        if let Place::On { conn, tag } = entry.place
+            && let Some(slots) = self.conns.get_mut(conn)
+            && let Some(place) = place_of(&slots.queue, tag)
+            && let Some(slot) = slots.queue.get_mut(place)
+            && slot.request.take().is_some()
+        {
+            slots.awaited -= 1;
+            slot.times.hopeless_at = hopeless_at.unwrap_or(slot.times.hopeless_at);
+            slots.due = slots.due.map(|due| due.min(slot.due()));
         }
         Some(entry)
     }
 
-    /// Every request.
-    pub fn ids(&self) -> Vec<RequestId> {
-        self.requests.keys().collect()
+    /// What is due on a connection: the first slot whose time has come, if there is one. Its next
+    /// time is set once it was [resent](Self::resent), [removed](Self::remove) or
+    /// [taken](Self::take).
+    pub fn first_due(&mut self, conn: ConnId, now: Time) -> Option<Slot> {
+        let slots = self.conns.get_mut(conn)?;
+        if slots.due.is_none_or(|due| due > now) {
+            return None;
+        }
+        let found = slots.queue.iter().find(|slot| slot.due() <= now).copied();
+        if found.is_none() {
+            slots.due = slots.queue.iter().map(Slot::due).min();
+        }
+        found
     }
+
+    /// A request was sent again; the next time is `next`, if it is to be sent once more.
+    pub fn resent(&mut self, conn: ConnId, tag: Tag, next: Time) {
+        if let Some(slots) = self.conns.get_mut(conn)
+            && let Some(place) = place_of(&slots.queue, tag)
+            && let Some(slot) = slots.queue.get_mut(place)
+        {
+            slot.times.resend = match slot.times.resend {
+                Some((_, left)) if left > 0 => Some((next, left - 1)),
+                Some(_) | None => None,
+            };
+        }
+    }
+
+    /// An abandoned slot that is hopeless stays for as long as its connection does.
+    pub fn keep_for_ever(&mut self, conn: ConnId, tag: Tag) {
+        if let Some(slots) = self.conns.get_mut(conn)
+            && let Some(place) = place_of(&slots.queue, tag)
+            && let Some(slot) = slots.queue.get_mut(place)
+        {
+            slot.times.hopeless_at = Time::NEVER;
+        }
+    }
+}
+
+/// Where a tag is. In order it is at the front.
+fn place_of(queue: &VecDeque<Slot>, tag: Tag) -> Option<usize> {
+    queue.iter().position(|slot| slot.tag == tag)
 }

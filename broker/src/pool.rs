@@ -3,9 +3,11 @@
 //! ```text
 //!                    connect                    request, or bytes to send
 //!   (wanted) ---> Connecting ---> Idle <-----------------------------------> InUse
-//!                     |            |     reply complete, or all bytes sent      |
-//!                     |            | idle_timeout, lifetime            timeout, |
-//!                     | failed     | (one_way TCP: Draining first)      broken  |
+//!                     |           ^ |     replies complete, or all bytes sent   |
+//!                     |   release | | lease                                     |
+//!                     |           | v                                  timeout, |
+//!                     |          Leased        idle_timeout, lifetime   broken  |
+//!                     | failed     |    (one_way TCP: Draining first)           |
 //!                     v            v                                            v
 //!                  Closing <----------------- Draining <------------- (UDP: retired behind the
 //!                     |                          late_reply_window     filter, else closed)
@@ -14,8 +16,10 @@
 //! ```
 //!
 //! A state is a place and [`Pool::move_to`] is the only way between two. Every ending has a
-//! [`Reason`]. A connection returns to `Idle` only from a complete exchange; whatever else
-//! happened to it, it is closed, or kept bound and deaf until a late reply can no longer come.
+//! [`Reason`]. A connection returns to `Idle` only when every exchange on it is complete. An
+//! exclusive one (`pipeline_depth = 1`) whose exchange did not complete is closed, or kept bound and
+//! deaf until a late reply can no longer come; one that carries several requests keeps a slot for
+//! the reply that nobody awaits any more ([`crate::inflight`]).
 //!
 //! The pool is pure: it is told what happened (`handle_*`), asked for things (`request`, `stage`
 //! and `accept`), and says what to do (`poll_action`) and when to call again (`next_deadline`).
@@ -25,9 +29,10 @@
 //! lane for its life, so its messages keep their order whatever happens to connections.
 //!
 //! This file has what a pool is asked and told; how it decides is in `pool/exchange.rs`,
-//! `pool/one_way.rs` and `pool/places.rs`.
+//! `pool/one_way.rs`, `pool/leases.rs` and `pool/places.rs`.
 
 mod exchange;
+mod leases;
 mod one_way;
 mod places;
 
@@ -38,14 +43,17 @@ use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
 use slotmap::{Key, SlotMap};
 
+use self::exchange::RetryBudget;
+use self::leases::Leases;
+pub use self::leases::Lend;
 use self::one_way::Lane;
 use self::places::Places;
 use crate::balance::{Balance, BalanceLimits, Breaker};
 use crate::coalesce::Coalescer;
 use crate::config::LIFETIME_JITTER_PERCENT;
 use crate::config::UpstreamLimits;
-use crate::ids::{ConnId, RequestId, SourceId};
-use crate::inflight::{InFlight, Owner};
+use crate::ids::{ConnId, LeaseId, RequestId, SourceId};
+use crate::inflight::{InFlight, Matching, Owner, Slot, Tag};
 use crate::outbox::{Leaving, Outbox};
 use crate::stats::{Ledger, RequestCounts, RequestEnd, Settled, Tally};
 use crate::timers::{Deadlines, Time};
@@ -90,8 +98,15 @@ pub enum State {
         /// Since when.
         since: Time,
     },
-    /// It carries a request, or has bytes to send.
+    /// It carries requests, or has bytes to send.
     InUse,
+    /// It is lent to a session.
+    Leased {
+        /// Which lease.
+        lease: LeaseId,
+        /// When the lease ends in any case.
+        until: Time,
+    },
     /// It takes nothing new: a one-way TCP connection read to its end, or a retired UDP socket.
     Draining {
         /// When it is closed in any case.
@@ -113,6 +128,7 @@ impl State {
             State::Connecting => "connecting",
             State::Idle { .. } => "idle",
             State::InUse => "in_use",
+            State::Leased { .. } => "leased",
             State::Draining { .. } => "draining",
             State::Closing { .. } => "closing",
         }
@@ -144,6 +160,47 @@ pub struct Conn {
     pub replies_discarded: u64,
     expires_at: Option<Time>,
     scheduled_at: Option<Time>,
+    /// It takes nothing new and is closed, for this reason, once nobody awaits a reply on it.
+    retiring: Option<Reason>,
+    /// Among those in use that have room for another request.
+    is_listed: bool,
+    /// The user to whom it was lent, who may have kept a copy.
+    lent_to: Option<u32>,
+}
+
+impl Conn {
+    /// Whether it rests.
+    pub fn is_at_rest(&self) -> bool {
+        matches!(self.state, State::Idle { .. })
+    }
+
+    fn is_making_room(&self) -> bool {
+        self.retiring == Some(Reason::MakeRoom) && self.is_open()
+    }
+
+    fn is_open(&self) -> bool {
+        match self.state {
+            State::Idle { .. } | State::InUse | State::Leased { .. } => true,
+            State::Connecting | State::Draining { .. } | State::Closing { .. } => false,
+        }
+    }
+}
+
+/// Whether a byte of a request that failed can have left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Left {
+    /// No.
+    Nothing,
+    /// Yes.
+    Something,
+    /// That depends on how much of its slot was written. If nothing was, it is to be taken back:
+    /// [`Pool::handle_unsent`].
+    SeeSlot {
+        /// On this connection.
+        conn: ConnId,
+        /// Which slot.
+        tag: Tag,
+    },
 }
 
 /// What the shard is to do.
@@ -164,6 +221,44 @@ pub enum Action {
         conn: ConnId,
         /// Which.
         request: RequestId,
+        /// By what its reply is known.
+        tag: Tag,
+    },
+    /// Send a request again.
+    Resend {
+        /// On this connection.
+        conn: ConnId,
+        /// Which slot.
+        tag: Tag,
+    },
+    /// The reply of a slot is not expected any more.
+    Forget {
+        /// On this connection.
+        conn: ConnId,
+        /// Which slot.
+        tag: Tag,
+    },
+    /// Check a connection and pass it on, unless the lease has ended; if it is broken,
+    /// [`Pool::handle_lost`], and if nobody is there, [`Pool::handle_unlendable`].
+    Lend {
+        /// Which.
+        conn: ConnId,
+        /// By which lease.
+        lease: LeaseId,
+        /// To whom.
+        owner: Owner,
+    },
+    /// Tell a session that it gets no lease.
+    RefuseLease {
+        /// Who.
+        owner: Owner,
+        /// Why.
+        reason: Reason,
+    },
+    /// Shut a lent connection down, so that copies of it are of no use.
+    Revoke {
+        /// Which.
+        conn: ConnId,
     },
     /// Tell the owner that its request ended without a reply, and forget its body.
     Fail {
@@ -174,7 +269,7 @@ pub enum Action {
         /// How; never `Replied`.
         end: RequestEnd,
         /// Whether a byte of it can have left.
-        was_sent: bool,
+        left: Left,
     },
     /// Stop sending, read to the end, then report the connection lost.
     Drain {
@@ -223,6 +318,8 @@ pub enum Acquire {
         request: RequestId,
         /// Where to.
         conn: ConnId,
+        /// By what its reply is known.
+        tag: Tag,
     },
     /// Keep its body: it waits.
     Queued {
@@ -233,19 +330,11 @@ pub enum Acquire {
     Refused(Reason),
 }
 
-/// What followed the reply in the same bytes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum After {
-    /// Nothing: the exchange is complete.
-    Nothing,
-    /// More bytes, which nobody asked for.
-    Surplus,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
     Conn(ConnId),
     Request(RequestId),
+    Lease(LeaseId),
     Outbox { lane: usize },
     Retry,
 }
@@ -259,6 +348,12 @@ pub struct PoolSettings {
     pub limits: UpstreamLimits,
     /// Why requests are refused, if they are.
     pub requests_refused: Option<Reason>,
+    /// Why leases are refused, if they are.
+    pub leases_refused: Option<Reason>,
+    /// How replies find their requests.
+    pub matching: Matching,
+    /// A request may be repeated though it was sent.
+    pub is_idempotent: bool,
     /// How one-way messages are packed into datagrams, if they are.
     pub coalescer: Option<Coalescer>,
     /// Seed of the jitter.
@@ -273,7 +368,14 @@ pub struct Pool {
     places: Places,
     /// Exchange connections in `Idle`; the last used is at the end and is used first.
     idle: Vec<ConnId>,
+    /// Exchange connections in `Idle` that were lent; the last one returned is at the end.
+    returned: Vec<ConnId>,
+    /// Exchange connections in `InUse` that can carry one more request, to be used in turn. Empty
+    /// where a connection carries one at a time.
+    with_room: VecDeque<ConnId>,
     waiters: VecDeque<RequestId>,
+    leases: Leases,
+    retry_budget: RetryBudget,
     in_flight: InFlight,
     /// At least one.
     lanes: Vec<Lane>,
@@ -295,6 +397,10 @@ pub struct Pool {
     pub opened: u64,
     /// Connections closed so far.
     pub closed: Tally,
+    /// Requests that were put on another connection though they had been sent.
+    pub retried: u64,
+    /// Datagrams sent again for want of a reply.
+    pub retransmitted: u64,
     /// Replies discarded on connections that are closed now.
     replies_discarded_before: u64,
 }
@@ -317,8 +423,12 @@ impl Pool {
             conns: SlotMap::with_key(),
             places: Places::default(),
             idle: Vec::new(),
+            returned: Vec::new(),
+            with_room: VecDeque::new(),
             waiters: VecDeque::new(),
-            in_flight: InFlight::default(),
+            leases: Leases::default(),
+            retry_budget: RetryBudget::new(limits.retry_budget_percent),
+            in_flight: InFlight::new(settings.matching, settings.seed),
             lanes: (0..limits.one_way_connections.max(1))
                 .map(|_| Lane::new(Outbox::new(window_bytes_max, settings.coalescer.clone())))
                 .collect(),
@@ -334,6 +444,8 @@ impl Pool {
             counts: RequestCounts::default(),
             opened: 0,
             closed: Tally::default(),
+            retried: 0,
+            retransmitted: 0,
             replies_discarded_before: 0,
             settings,
         }
@@ -400,14 +512,22 @@ impl Pool {
         self.waiters.front().and_then(|request| self.in_flight.get(*request)).map(|r| r.asked_at)
     }
 
-    /// The request on a connection.
-    pub fn request_on(&self, conn: ConnId) -> Option<RequestId> {
-        self.in_flight.on(conn)
+    /// The slot of a connection with that tag.
+    pub fn slot(&self, conn: ConnId, tag: Tag) -> Option<&Slot> {
+        self.in_flight.slot(conn, tag)
     }
 
-    /// Who holds a connection: the owner of its request.
+    /// Who awaits the reply of a slot.
+    pub fn awaiting(&self, slot: &Slot) -> Option<Owner> {
+        self.in_flight.get(slot.request?).map(|request| request.owner)
+    }
+
+    /// Who holds a connection: the first who awaits a reply on it, or to whom it is lent.
     pub fn holder(&self, conn: ConnId) -> Option<Owner> {
-        self.in_flight.get(self.in_flight.on(conn)?).map(|request| request.owner)
+        match self.conns.get(conn)?.state {
+            State::Leased { lease, .. } => self.lease_owner(lease),
+            _ => self.in_flight.slots_on(conn).find_map(|slot| self.awaiting(slot)),
+        }
     }
 
     /// How many lanes there are.
@@ -466,10 +586,17 @@ impl Pool {
         }
         let wait = now + self.settings.limits.wait_timeout;
         let deadline = earliest(wait, caller_deadline);
-        if let Some(conn) = self.idle.pop() {
+        self.retry_budget.handle_request();
+        if let Some(conn) = self.select() {
             let request = self.in_flight.insert(owner, now, caller_deadline, deadline);
-            self.grant(now, request, conn);
-            return Acquire::Granted { request, conn };
+            if let Some(tag) = self.grant(now, request, conn) {
+                // In order also with what is still to be carried out.
+                if self.actions.is_empty() {
+                    return Acquire::Granted { request, conn, tag };
+                }
+                self.actions.push_back(Action::Dispatch { conn, request, tag });
+                return Acquire::Queued { request };
+            }
         }
         if self.places.exchange == self.places.connecting_exchange
             && let Some(reason) = self.balance.fail_fast(now)
@@ -561,10 +688,16 @@ impl Pool {
         self.closing_down = true;
         self.hurry();
         let exchanges = self.conns.iter().filter(|(_, record)| record.role == Role::Exchange);
-        let unused = exchanges.filter(|(_, record)| record.state != State::InUse);
+        let is_unused = |conn: &Conn| match conn.state {
+            State::Connecting | State::Idle { .. } => true,
+            State::InUse | State::Leased { .. } => false,
+            State::Draining { .. } | State::Closing { .. } => true,
+        };
+        let unused = exchanges.filter(|(_, record)| is_unused(record));
         for conn in unused.map(|(conn, _)| conn).collect::<Vec<_>>() {
             self.close(conn, Reason::Drained);
         }
+        self.let_leases_go();
         for lane in 0..self.lanes.len() {
             if let Lane { conn: Some(conn), outbox, .. } = &self.lanes[lane]
                 && outbox.is_empty()
@@ -635,45 +768,56 @@ impl Pool {
         self.want_connections(now);
     }
 
-    /// A complete reply came: whose it is. Replies on one-way connections are nobody's. One that
-    /// cannot be delivered fails its request; the exchange is complete all the same.
+    /// The reply of a slot is complete: who awaits it. One that cannot be delivered fails its
+    /// request; the exchange is complete all the same.
     pub fn handle_reply(
         &mut self,
         now: Time,
         conn: ConnId,
-        after: After,
+        tag: Tag,
         is_deliverable: bool,
     ) -> Option<Owner> {
-        let request = self.in_flight.on(conn);
-        let record = self.conns.get_mut(conn)?;
-        let Some(request) = request else {
-            record.replies_discarded += 1;
-            return None;
-        };
-        record.messages_in += 1;
-        let owner = self.in_flight.get(request)?.owner;
-        if is_deliverable {
-            self.in_flight.remove(request);
-            self.counts.end(RequestEnd::Replied);
-        } else {
-            self.fail(request, RequestEnd::Failed(Reason::ReplyUndeliverable));
+        let slot = self.in_flight.take(conn, tag)?;
+        let owner = self.awaiting(&slot);
+        if let Some(record) = self.conns.get_mut(conn) {
+            record.messages_in += u64::from(owner.is_some());
+            record.replies_discarded += u64::from(owner.is_none());
+        }
+        if let Some(request) = slot.request {
+            if is_deliverable {
+                self.in_flight.remove(request, None);
+                self.counts.end(RequestEnd::Replied);
+            } else {
+                let end = RequestEnd::Failed(Reason::ReplyUndeliverable);
+                self.fail(now, request, end, Left::Something);
+            }
         }
         self.balance.handle_useful();
-        match after {
-            After::Nothing => self.free(now, conn),
-            After::Surplus => self.close(conn, Reason::Unsolicited),
-        }
+        self.free(now, conn);
         // What waited for the backoff to pass need not wait any more.
         self.want_connections(now);
-        is_deliverable.then_some(owner)
+        owner.filter(|_| is_deliverable)
     }
 
-    /// A connection cannot be used any more. `untouched` says that no byte of the request on it
-    /// left, so that the request may use another one.
-    pub fn handle_lost(&mut self, now: Time, conn: ConnId, reason: Reason, untouched: bool) {
+    /// The upstream closes the connection behind the reply that came last.
+    pub fn handle_last_reply(&mut self, conn: ConnId) {
+        self.retire(conn, Reason::ReplyEndsConnection);
+    }
+
+    /// No byte of a slot was written, and none will be.
+    pub fn handle_unsent(&mut self, now: Time, conn: ConnId, tag: Tag) {
+        if self.in_flight.take(conn, tag).is_some() {
+            self.free(now, conn);
+        }
+    }
+
+    /// A connection cannot be used any more. The first `begun` of its slots left at least in part;
+    /// the requests of the others may use another connection.
+    pub fn handle_lost(&mut self, now: Time, conn: ConnId, reason: Reason, begun: usize) {
         let Some(record) = self.conns.get(conn) else {
             return;
         };
+        let (opened_at, role, messages_in) = (record.opened_at, record.role, record.messages_in);
         match record.state {
             State::Closing { .. } => return,
             State::Draining { reason, .. } => {
@@ -684,11 +828,12 @@ impl Pool {
                 return;
             }
             State::Connecting => return self.handle_connect_failed(now, conn, reason),
+            State::Leased { lease, .. } => self.lend_again(lease),
             State::Idle { .. } | State::InUse => {}
         }
-        let short_lived = now.since(record.opened_at) < self.settings.limits.backoff_max;
-        let useless = match record.role {
-            Role::Exchange => record.messages_in == 0 && short_lived,
+        let short_lived = now.since(opened_at) < self.settings.limits.backoff_max;
+        let useless = match role {
+            Role::Exchange => messages_in == 0 && short_lived,
             Role::OneWay { .. } => short_lived,
         };
         if useless {
@@ -696,16 +841,7 @@ impl Pool {
         } else {
             self.balance.handle_useful();
         }
-        if let Some(request) = self.in_flight.on(conn) {
-            if untouched {
-                self.wait_again(conn);
-            } else {
-                let failed = Reason::ConnectionLost;
-                let failed = if reason == Reason::ConnectRefused { reason } else { failed };
-                let failed = if reason == Reason::ReplyTooLong { reason } else { failed };
-                self.fail(request, RequestEnd::Failed(failed));
-            }
-        }
+        self.give_back(now, conn, reason, begun);
         if reason == Reason::Unsolicited && self.settings.protocol == Protocol::Udp {
             // A reply too many: others may follow, and must not reach the port's next user.
             self.taint(now, conn, reason);
@@ -713,6 +849,7 @@ impl Pool {
             self.close(conn, reason);
         }
         self.serve_waiters(now);
+        self.serve_lease_waiters(now);
         self.fail_waiters_if_down(now);
         self.want_connections(now);
     }
@@ -725,9 +862,11 @@ impl Pool {
         };
         let reason = match record.state {
             State::Closing { reason } => reason,
-            State::Connecting | State::Idle { .. } | State::InUse | State::Draining { .. } => {
-                Reason::Internal
-            }
+            State::Connecting
+            | State::Idle { .. }
+            | State::InUse
+            | State::Leased { .. }
+            | State::Draining { .. } => Reason::Internal,
         };
         let lane = record.role.lane();
         if let Some(lane) = lane.filter(|_| self.settings.protocol == Protocol::Tcp) {
@@ -784,6 +923,7 @@ impl Pool {
                     }
                 }
                 Timer::Request(request) => self.handle_wait_over(now, request),
+                Timer::Lease(lease) => self.handle_lease_wait_over(now, lease),
                 Timer::Outbox { lane } => {
                     self.lanes[lane].scheduled_at = None;
                     self.expire(now, lane);

@@ -82,12 +82,38 @@ pub struct UpstreamSnapshot {
     pub waiters: u64,
     /// How long the first of them has waited.
     pub maxwait_ms: u64,
+    /// Put on another connection though they had been sent.
+    pub retried: u64,
+    /// Datagrams sent again for want of a reply.
+    pub retransmitted: u64,
+    /// What became of leases.
+    pub leases: LeaseSnapshot,
     /// Open now.
     pub connections: Vec<ConnectionSnapshot>,
     /// Opened so far.
     pub connections_opened: u64,
     /// Closed so far.
     pub connections_closed: ByReason,
+}
+
+/// The leases of one upstream: `asked = granted + refused + waiting` and
+/// `granted = returned + ended + held`.
+#[derive(Debug, Serialize)]
+pub struct LeaseSnapshot {
+    /// All that clients asked for.
+    pub asked: u64,
+    /// Given a connection.
+    pub granted: u64,
+    /// Given back clean.
+    pub returned: u64,
+    /// Held now.
+    pub held: u64,
+    /// Waited for now.
+    pub waiting: u64,
+    /// Never granted.
+    pub refused: ByReason,
+    /// Ended without being given back clean.
+    pub ended: ByReason,
 }
 
 /// One connection.

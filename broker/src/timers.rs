@@ -13,6 +13,9 @@ use std::time::Duration;
 pub struct Time(u64);
 
 impl Time {
+    /// Later than any moment that comes.
+    pub const NEVER: Time = Time(u64::MAX);
+
     /// The moment `since_start` after the start.
     pub fn from_start(since_start: Duration) -> Self {
         Time(u64::try_from(since_start.as_nanos()).unwrap_or(u64::MAX))

@@ -143,9 +143,12 @@ fn a_wrong_upstream_on_the_command_line_says_what_would_be_right() {
         ("metrics", "is not NAME=URL; for example metrics="),
         ("Metrics=udp://127.0.0.1:1", "lower-case"),
         ("a=http://127.0.0.1:80", "unknown scheme \"http\"; there are: tcp, udp, udp-write-only"),
-        ("a=tcp://127.0.0.1", "the port is missing; for example tcp://127.0.0.1:6379"),
-        ("a=tcp://127.0.0.1:65536", "\"65536\" is not a number from 1 to 65535"),
-        ("a=tcp://127.0.0.1:0", "\"0\" is not a number from 1 to 65535"),
+        (
+            "a=tcp://127.0.0.1",
+            "the port of \"127.0.0.1\" is missing; for example tcp://127.0.0.1:6379",
+        ),
+        ("a=tcp://127.0.0.1:65536", "\"65536\" is no number from 1 to 65535"),
+        ("a=tcp://127.0.0.1:0", "\"0\" is no number from 1 to 65535"),
         ("a=tcp://127.0.0.1:80?framing=line", "there are: lines, crlf"),
         ("a=tcp://::1:80", "in brackets: [::1]"),
     ] {

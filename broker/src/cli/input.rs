@@ -81,7 +81,7 @@ fn cut(
                 consumed
             }
             Cut::Skipped { consumed } => consumed,
-            Cut::Incomplete => return Ok(start),
+            Cut::Incomplete | Cut::Broken => return Ok(start),
         };
     }
 }

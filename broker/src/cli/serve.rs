@@ -83,6 +83,8 @@ impl Serve {
                  --upstream metrics=udp-write-only://127.0.0.1:8125, or name a file with --config",
             ));
         }
+        let name = self.config.as_ref().map_or_else(String::new, |file| file.display().to_string());
+        config.load_secrets(&name).map_err(wrong)?;
         Ok(config)
     }
 }

@@ -105,6 +105,12 @@ impl<'a> Entry<'a> {
         self.error_at(offset, format!("{}.{key}", self.path()), problem.into())
     }
 
+    /// `true` or `false`.
+    pub(super) fn flag(&self) -> Result<bool, ConfigError> {
+        let value = self.value.get_ref();
+        value.as_bool().ok_or_else(|| self.wrong(expected("true or false", value)))
+    }
+
     /// The key is none of `known`.
     pub(super) fn unknown(&self, known: &[&str]) -> ConfigError {
         let nearest = known

@@ -160,6 +160,22 @@ pub const PIPE_BUF: usize = 4_096;
 /// How much a lifetime varies, so that connections opened together do not close together.
 pub const LIFETIME_JITTER_PERCENT: u32 = 10;
 
+/// How often one request is repeated though it was sent: the second failure is hardly an accident.
+pub const RETRIES_MAX: u32 = 2;
+
+/// Repetitions that the retry budget saves up, so that the loss of one connection is mended at
+/// once.
+pub const RETRIES_KEPT: u64 = 10;
+
+/// `pipeline_depth` where replies are matched by an id, unless it is set.
+pub const ID_PIPELINE_DEPTH: usize = 256;
+
+/// Requests of `on_connect`: some five make a session with any server known.
+pub const ON_CONNECT_STEPS_MAX: usize = 16;
+
+/// Bytes of each of them: what the buffer of a fresh socket takes for certain.
+pub const ON_CONNECT_BYTES_MAX: usize = 2_048;
+
 /// Commands that may wait for the shard.
 pub const COMMANDS_MAX: usize = 64;
 

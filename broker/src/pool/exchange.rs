@@ -3,11 +3,39 @@
 use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
 
-use super::{Acquire, Action, Pool, State, Timer, earliest};
+use super::{Acquire, Action, Left, Pool, State, Timer, earliest};
+use crate::config::{RETRIES_KEPT, RETRIES_MAX};
 use crate::ids::{ConnId, RequestId};
-use crate::inflight::Place;
+use crate::inflight::{Matching, Place, Slot, Tag, Times};
 use crate::stats::RequestEnd;
 use crate::timers::Time;
+
+/// What a retry costs, where a request gives `retry_budget_percent`.
+const RETRY_COST: u64 = 100;
+
+/// How many more requests may be repeated: a part of all that were asked, so that repeating never
+/// multiplies the load of an upstream that fails them all.
+#[derive(Debug)]
+pub(super) struct RetryBudget {
+    percent: u64,
+    saved: u64,
+}
+
+impl RetryBudget {
+    pub(super) fn new(percent: u32) -> Self {
+        RetryBudget { percent: u64::from(percent), saved: RETRIES_KEPT * RETRY_COST }
+    }
+
+    pub(super) fn handle_request(&mut self) {
+        self.saved = (self.saved + self.percent).min(RETRIES_KEPT * RETRY_COST);
+    }
+
+    fn take(&mut self) -> bool {
+        let left = self.saved.checked_sub(RETRY_COST).filter(|_| self.percent > 0);
+        self.saved = left.unwrap_or(self.saved);
+        left.is_some()
+    }
+}
 
 impl Pool {
     pub(super) fn refuse(&mut self, reason: Reason) -> Acquire {
@@ -15,60 +43,157 @@ impl Pool {
         Acquire::Refused(reason)
     }
 
-    pub(super) fn grant(&mut self, now: Time, request: RequestId, conn: ConnId) {
-        let Some(entry) = self.in_flight.get(request) else {
-            return;
-        };
+    /// Whether a connection carries one request at a time, whose reply nothing tells from others.
+    pub(super) fn is_exclusive(&self) -> bool {
+        self.settings.matching == Matching::InOrder && self.settings.limits.pipeline_depth == 1
+    }
+
+    /// A connection for a request now.
+    pub(super) fn select(&mut self) -> Option<ConnId> {
+        self.idle.pop().or_else(|| self.with_room.front().copied())
+    }
+
+    pub(super) fn grant(&mut self, now: Time, request: RequestId, conn: ConnId) -> Option<Tag> {
+        let entry = self.in_flight.get(request)?;
         if let Place::Waiting { deadline } = entry.place {
             self.deadlines.remove(deadline, Timer::Request(request));
         }
-        let limit = now + self.settings.limits.request_timeout;
-        let deadline = earliest(limit, entry.caller_deadline);
-        self.in_flight.assign(request, conn, deadline);
-        if let Some(record) = self.conns.get_mut(conn) {
-            record.uses += 1;
-            record.messages_out += 1;
+        let limits = &self.settings.limits;
+        let hopeless_at = now + limits.request_timeout;
+        let deadline = earliest(hopeless_at, entry.caller_deadline);
+        let resends_left = limits.retransmits.checked_sub(1);
+        let resend = resends_left.map(|left| (now + limits.retransmit_interval, left));
+        let tag = self.in_flight.assign(request, conn, Times { deadline, hopeless_at, resend })?;
+        let record = self.conns.get_mut(conn)?;
+        record.uses += 1;
+        record.messages_out += 1;
+        if record.state == State::InUse {
+            self.schedule_conn(conn);
+        } else {
+            self.move_to(conn, State::InUse);
         }
-        self.move_to(conn, State::InUse);
+        let uses_max = self.settings.limits.requests_per_connection_max;
+        if uses_max > 0 && self.conns.get(conn)?.uses >= uses_max {
+            self.retire(conn, Reason::UsesMax);
+        }
+        self.list(conn);
+        Some(tag)
     }
 
-    /// The exchange on a connection is complete, or it is new: it serves a waiter or rests.
+    /// Puts a connection in use among those with room, or takes it out, as it is now.
+    pub(super) fn list(&mut self, conn: ConnId) {
+        let depth = self.settings.limits.pipeline_depth;
+        if depth == 1 {
+            return;
+        }
+        let Some(record) = self.conns.get_mut(conn) else { return };
+        let is_open = record.state == State::InUse && record.retiring.is_none();
+        let has_room = is_open && self.in_flight.has_room(conn, depth);
+        match (record.is_listed, has_room) {
+            (true, true) if self.with_room.front() == Some(&conn) => self.with_room.rotate_left(1),
+            (true, false) => self.with_room.retain(|listed| *listed != conn),
+            (false, true) => self.with_room.push_back(conn),
+            (true, true) | (false, false) => {}
+        }
+        record.is_listed = has_room;
+    }
+
+    /// A connection takes nothing new from now on, and is closed once nobody awaits a reply on it.
+    pub(super) fn retire(&mut self, conn: ConnId, reason: Reason) {
+        if let Some(record) = self.conns.get_mut(conn) {
+            record.retiring.get_or_insert(reason);
+            self.list(conn);
+        }
+    }
+
+    /// A slot of a connection is free, or the connection is new: it serves waiters or rests.
     pub(super) fn free(&mut self, now: Time, conn: ConnId) {
         let Some(record) = self.conns.get(conn) else {
             return;
         };
-        let uses_max = self.settings.limits.requests_per_connection_max;
-        // A new connection serves one waiter before it makes room: the roles take turns.
-        let has_turn = record.uses == 0 && !self.waiters.is_empty();
-        let one_way_waits =
-            !has_turn && self.wanting_lanes() > 0 && self.places.open >= self.connections_max();
-        if uses_max > 0 && record.uses >= uses_max {
-            self.close(conn, Reason::UsesMax);
-        } else if record.expires_at.is_some_and(|at| at <= now) {
-            self.close(conn, Reason::Lifetime);
-        } else if one_way_waits {
-            self.close(conn, Reason::MakeRoom);
-        } else if let Some(request) = self.next_waiter(now) {
-            self.grant(now, request, conn);
-            self.actions.push_back(Action::Dispatch { conn, request });
-            return;
-        } else if self.closing_down {
-            self.close(conn, Reason::Drained);
-        } else {
-            self.move_to(conn, State::Idle { since: now });
-            self.idle.push(conn);
-            return;
+        match record.state {
+            State::Connecting | State::Idle { .. } | State::InUse | State::Leased { .. } => {}
+            State::Draining { .. } | State::Closing { .. } => return,
         }
+        let (slots, awaited) = self.in_flight.slots(conn);
+        // A new connection serves one waiter before it makes room: the roles take turns.
+        let somebody_waits = !self.waiters.is_empty() || self.lease_waiters() > 0;
+        let has_turn = record.uses == 0 && somebody_waits;
+        let is_expired = record.expires_at.is_some_and(|at| at <= now);
+        if is_expired {
+            self.retire(conn, Reason::Lifetime);
+        } else if !has_turn && self.lanes_lack_places() {
+            self.retire(conn, Reason::MakeRoom);
+        } else if self.closing_down && !somebody_waits {
+            self.retire(conn, Reason::Drained);
+        }
+        match self.conns.get(conn).and_then(|record| record.retiring) {
+            Some(reason) if awaited == 0 => self.close(conn, reason),
+            Some(_) => {}
+            None if slots == 0 => return self.free_whole(now, conn),
+            None => self.list(conn),
+        }
+        self.serve_waiters(now);
         self.want_connections(now);
     }
 
+    /// A connection that carries nothing serves whoever waited longest, or rests.
+    fn free_whole(&mut self, now: Time, conn: ConnId) {
+        if self.lends_next(conn) && self.lend_to_waiter(now, conn) {
+            return;
+        }
+        let is_lent = self.conns.get(conn).is_some_and(|record| record.lent_to.is_some());
+        if !is_lent && let Some(request) = self.next_waiter(now) {
+            if let Some(tag) = self.grant(now, request, conn) {
+                self.actions.push_back(Action::Dispatch { conn, request, tag });
+            }
+            self.serve_waiters(now);
+            return;
+        }
+        // The requests that came first had been given up.
+        if self.lend_to_waiter(now, conn) {
+            return;
+        }
+        if self.closing_down {
+            return self.close(conn, Reason::Drained);
+        }
+        self.rest(now, conn);
+        self.want_connections(now);
+    }
+
+    pub(super) fn rest(&mut self, now: Time, conn: ConnId) {
+        let is_lent = self.conns.get(conn).is_some_and(|record| record.lent_to.is_some());
+        self.move_to(conn, State::Idle { since: now });
+        self.list(conn);
+        match is_lent {
+            true => self.returned.push(conn),
+            false => self.idle.push(conn),
+        }
+    }
+
+    /// Lanes wait for places that only exchange connections can give, and none is about to.
+    fn lanes_lack_places(&self) -> bool {
+        let wanting = self.wanting_lanes();
+        wanting > 0
+            && self.places.open >= self.connections_max()
+            && self.conns.values().filter(|conn| conn.is_making_room()).count() < wanting
+    }
+
     pub(super) fn serve_waiters(&mut self, now: Time) {
-        while !self.idle.is_empty()
-            && let Some(request) = self.next_waiter(now)
-            && let Some(conn) = self.idle.pop()
+        while !self.waiters.is_empty()
+            && let Some(conn) = self.select()
         {
-            self.grant(now, request, conn);
-            self.actions.push_back(Action::Dispatch { conn, request });
+            let Some(request) = self.next_waiter(now) else {
+                // All of them had given up.
+                if matches!(self.conns.get(conn).map(|c| c.state), Some(State::Idle { .. })) {
+                    self.idle.push(conn);
+                    self.serve_lease_waiters(now);
+                }
+                return;
+            };
+            if let Some(tag) = self.grant(now, request, conn) {
+                self.actions.push_back(Action::Dispatch { conn, request, tag });
+            }
         }
     }
 
@@ -85,20 +210,49 @@ impl Pool {
         None
     }
 
-    /// Puts the request on a connection back to the head of the waiters.
-    pub(super) fn wait_again(&mut self, conn: ConnId) {
-        let Some(request) = self.in_flight.on(conn) else {
-            return;
+    /// What becomes of the requests of a connection that was lost, of which the first `begun` left
+    /// at least in part.
+    pub(super) fn give_back(&mut self, now: Time, conn: ConnId, reason: Reason, begun: usize) {
+        let slots = self.in_flight.take_all(conn);
+        let failed = match reason {
+            Reason::ConnectRefused | Reason::ReplyTooLong | Reason::BadReply => reason,
+            _ => Reason::ConnectionLost,
         };
+        let mut again = Vec::new();
+        for (at, slot) in slots.into_iter().enumerate() {
+            let Slot { request: Some(request), .. } = slot else { continue };
+            let is_begun = at < begun;
+            // Its own reply would be as bad the next time.
+            let may_repeat = failed == Reason::ConnectionLost || failed == Reason::ConnectRefused;
+            if !is_begun || (may_repeat && self.may_retry(request)) {
+                again.push((request, is_begun));
+            } else {
+                self.fail(now, request, RequestEnd::Failed(failed), Left::Something);
+            }
+        }
+        for (request, is_begun) in again.into_iter().rev() {
+            self.wait_again(request, is_begun);
+        }
+    }
+
+    fn may_retry(&mut self, request: RequestId) -> bool {
+        let is_young = |retries: u32| retries < RETRIES_MAX;
+        self.settings.is_idempotent
+            && self.in_flight.get(request).is_some_and(|entry| is_young(entry.retries))
+            && self.retry_budget.take()
+    }
+
+    /// Puts a request back to the head of the waiters.
+    fn wait_again(&mut self, request: RequestId, is_retry: bool) {
         let Some(entry) = self.in_flight.get(request) else {
             return;
         };
         let limit = entry.asked_at + self.settings.limits.wait_timeout;
         let deadline = earliest(limit, entry.caller_deadline);
-        if self.in_flight.unassign(conn, deadline).is_some() {
-            self.deadlines.insert(deadline, Timer::Request(request));
-            self.waiters.push_front(request);
-        }
+        self.in_flight.wait_again(request, deadline, is_retry);
+        self.retried += u64::from(is_retry);
+        self.deadlines.insert(deadline, Timer::Request(request));
+        self.waiters.push_front(request);
     }
 
     pub(super) fn handle_wait_over(&mut self, now: Time, request: RequestId) {
@@ -109,10 +263,10 @@ impl Pool {
         let end =
             if by_caller { RequestEnd::TimedOut } else { RequestEnd::Refused(Reason::WaitTimeout) };
         self.waiters.retain(|waiting| *waiting != request);
-        self.fail(request, end);
+        self.fail(now, request, end, Left::Nothing);
     }
 
-    /// Ends a request without a reply, wherever it is; its connection is not used again.
+    /// Ends a request without a reply, wherever it is.
     pub(super) fn end_request(&mut self, now: Time, request: RequestId, end: RequestEnd) {
         let Some(entry) = self.in_flight.get(request) else {
             return;
@@ -121,30 +275,43 @@ impl Pool {
             Place::Waiting { deadline } => {
                 self.deadlines.remove(deadline, Timer::Request(request));
                 self.waiters.retain(|waiting| *waiting != request);
-                self.fail(request, end);
+                self.fail(now, request, end, Left::Nothing);
             }
-            Place::On { conn, .. } => {
-                self.fail(request, end);
+            Place::On { conn, tag } => {
+                self.fail(now, request, end, Left::SeeSlot { conn, tag });
                 let reason = match end {
                     RequestEnd::TimedOut => Reason::RequestTimeout,
                     RequestEnd::Failed(reason) | RequestEnd::Refused(reason) => reason,
                     RequestEnd::Replied => Reason::Internal,
                 };
-                self.taint(now, conn, reason);
+                if self.is_exclusive() {
+                    self.taint(now, conn, reason);
+                } else {
+                    self.schedule_conn(conn);
+                    self.free(now, conn);
+                }
             }
         }
     }
 
-    pub(super) fn fail(&mut self, request: RequestId, end: RequestEnd) {
-        let Some(entry) = self.in_flight.remove(request) else {
+    /// When the reply of a request that is given up now need not be expected any more, if that is
+    /// another moment than planned.
+    fn hopeless_at(&self, now: Time) -> Option<Time> {
+        match self.settings.protocol {
+            Protocol::Tcp => None,
+            Protocol::Udp | Protocol::UdpWriteOnly => {
+                Some(now + self.settings.limits.late_reply_window)
+            }
+        }
+    }
+
+    pub(super) fn fail(&mut self, now: Time, request: RequestId, end: RequestEnd, left: Left) {
+        let hopeless_at = self.hopeless_at(now);
+        let Some(entry) = self.in_flight.remove(request, hopeless_at) else {
             return;
         };
-        let was_sent = match entry.place {
-            Place::Waiting { .. } => false,
-            Place::On { .. } => true,
-        };
         self.counts.end(end);
-        self.actions.push_back(Action::Fail { request, owner: entry.owner, end, was_sent });
+        self.actions.push_back(Action::Fail { request, owner: entry.owner, end, left });
     }
 
     /// Nobody waits for an open breaker, unless a connection is left to wait for.
@@ -158,8 +325,9 @@ impl Pool {
             {
                 self.deadlines.remove(deadline, Timer::Request(request));
             }
-            self.fail(request, RequestEnd::Refused(reason));
+            self.fail(now, request, RequestEnd::Refused(reason), Left::Nothing);
         }
+        self.refuse_lease_waiters(reason);
     }
 
     /// The exchange on a connection did not complete: it never returns to `Idle`.
@@ -173,5 +341,36 @@ impl Pool {
             }
         }
         self.want_connections(now);
+    }
+
+    /// Times of the slots of a connection have come.
+    pub(super) fn handle_slots_due(&mut self, now: Time, conn: ConnId) {
+        let interval = self.settings.limits.retransmit_interval;
+        while let Some(slot) = self.in_flight.first_due(conn, now) {
+            match slot.request {
+                Some(request) if slot.times.deadline <= now => {
+                    self.end_request(now, request, RequestEnd::TimedOut);
+                    if self.conns.get(conn).is_none_or(|record| record.state != State::InUse) {
+                        return;
+                    }
+                }
+                Some(_) => {
+                    self.in_flight.resent(conn, slot.tag, now + interval);
+                    self.retransmitted += 1;
+                    self.actions.push_back(Action::Resend { conn, tag: slot.tag });
+                }
+                None if self.settings.protocol == Protocol::Tcp => {
+                    // Its place in the order, or its id, stays taken.
+                    self.in_flight.keep_for_ever(conn, slot.tag);
+                    self.retire(conn, Reason::Stuck);
+                    self.free(now, conn);
+                }
+                None => {
+                    self.in_flight.take(conn, slot.tag);
+                    self.actions.push_back(Action::Forget { conn, tag: slot.tag });
+                    self.free(now, conn);
+                }
+            }
+        }
     }
 }

@@ -9,7 +9,6 @@ use poolbroker_proto::reason::Reason;
 use super::{Action, Conn, Pool, Role, State, Timer};
 use crate::balance::Pick;
 use crate::ids::ConnId;
-use crate::stats::RequestEnd;
 use crate::timers::Time;
 
 /// How many connections are where; kept by [`Pool::move_to`].
@@ -37,9 +36,8 @@ impl Pool {
                 if !self.connect(now, Role::OneWay { lane }) {
                     break;
                 }
-            } else if !self.idle.is_empty() {
-                // The longest idle makes room; closing it calls here again.
-                let conn = self.idle.remove(0);
+            } else if let Some(conn) = self.longest_idle() {
+                // Closing it calls here again.
                 self.close(conn, Reason::MakeRoom);
             }
         }
@@ -47,16 +45,20 @@ impl Pool {
         let (connections_min, retired_max) = (limits.connections_min, limits.retired_max);
         if self.settings.protocol == Protocol::UdpWriteOnly {
             for lane in 0..self.lanes.len().min(connections_min) {
-                if self.lanes[lane].is_free() && !self.closing_down {
+                // Not in the place that was made for whoever waits for a lease.
+                let is_wanted = !self.closing_down && self.lease_waiters() == 0;
+                let has_place = self.places.open < self.connections_max();
+                if self.lanes[lane].is_free() && is_wanted && has_place {
                     self.connect(now, Role::OneWay { lane });
                 }
             }
-            return;
         }
+        let keeps_warm = self.settings.protocol != Protocol::UdpWriteOnly && !self.closing_down;
         loop {
             let places = self.places;
-            let for_waiters = self.waiters.len() > places.connecting_exchange;
-            let warm = places.exchange < connections_min && !self.closing_down;
+            let for_requests = self.waiters.len().div_ceil(self.settings.limits.pipeline_depth);
+            let for_waiters = for_requests + self.lease_waiters() > places.connecting_exchange;
+            let warm = keeps_warm && places.exchange < connections_min;
             let reserved = self.wanting_lanes();
             if !(for_waiters || warm)
                 || places.connecting >= self.settings.limits.connecting_max
@@ -65,8 +67,17 @@ impl Pool {
                 return;
             }
             if places.open + reserved >= self.connections_max() {
-                // With one place for both roles, a resting one-way connection makes room.
-                if for_waiters
+                // What was lent serves nobody else; and with one place for both roles, a resting
+                // one-way connection makes room.
+                if for_waiters && let Some(conn) = self.returned.first().copied() {
+                    self.close(conn, Reason::MakeRoom);
+                } else if self.lease_waiters() > 0
+                    && let Some(conn) = self.with_room.front().copied()
+                    && !self.conns.values().any(|conn| conn.is_making_room())
+                {
+                    // One that always carries something would never be free to be lent.
+                    self.retire(conn, Reason::MakeRoom);
+                } else if for_waiters
                     && places.exchange == 0
                     && let Some(conn) = self.resting_one_way()
                 {
@@ -78,6 +89,10 @@ impl Pool {
                 return;
             }
         }
+    }
+
+    fn longest_idle(&self) -> Option<ConnId> {
+        self.returned.first().or_else(|| self.idle.first()).copied()
     }
 
     fn resting_one_way(&self) -> Option<ConnId> {
@@ -115,6 +130,9 @@ impl Pool {
             replies_discarded: 0,
             expires_at: None,
             scheduled_at: None,
+            retiring: None,
+            is_listed: false,
+            lent_to: None,
         });
         self.count(role, State::Connecting, 1);
         if let Some(lane) = role.lane() {
@@ -131,10 +149,11 @@ impl Pool {
             return;
         };
         let (role, before) = (record.role, std::mem::replace(&mut record.state, state));
+        let is_listed = record.is_listed;
         self.count(role, before, -1);
         self.count(role, state, 1);
         let takes_nothing_new = match state {
-            State::Connecting | State::Idle { .. } | State::InUse => false,
+            State::Connecting | State::Idle { .. } | State::InUse | State::Leased { .. } => false,
             State::Draining { .. } | State::Closing { .. } => true,
         };
         if takes_nothing_new {
@@ -145,6 +164,10 @@ impl Pool {
             }
             if let State::Idle { .. } = before {
                 self.idle.retain(|idle| *idle != conn);
+                self.returned.retain(|returned| *returned != conn);
+            }
+            if is_listed {
+                self.with_room.retain(|listed| *listed != conn);
             }
         }
         self.schedule_conn(conn);
@@ -157,9 +180,9 @@ impl Pool {
                 self.balance.handle_abandoned();
                 State::Closing { reason }
             }
-            Some(State::Idle { .. } | State::InUse | State::Draining { .. }) => {
-                State::Closing { reason }
-            }
+            Some(
+                State::Idle { .. } | State::InUse | State::Leased { .. } | State::Draining { .. },
+            ) => State::Closing { reason },
         };
         self.move_to(conn, closing);
         self.actions.push_back(Action::Close { conn, reason });
@@ -173,6 +196,7 @@ impl Pool {
         if let Some(at) = record.scheduled_at {
             self.deadlines.remove(at, Timer::Conn(conn));
         }
+        self.in_flight.take_all(conn);
         self.replies_discarded_before += record.replies_discarded;
         self.closed.add(reason, 1);
     }
@@ -190,7 +214,7 @@ impl Pool {
                     add(&mut places.exchange);
                 }
             }
-            State::Idle { .. } | State::InUse => {
+            State::Idle { .. } | State::InUse | State::Leased { .. } => {
                 add(&mut places.open);
                 if is_exchange {
                     add(&mut places.exchange);
@@ -217,7 +241,8 @@ impl Pool {
                     (!limits.idle_timeout.is_zero()).then(|| since + limits.idle_timeout);
                 idle_end.into_iter().chain(record.expires_at).min()
             }
-            State::InUse => self.in_flight.deadline_on(conn),
+            State::InUse => self.in_flight.due(conn),
+            State::Leased { until, .. } => Some(until),
             State::Draining { until, .. } => Some(until),
             State::Closing { .. } => None,
         }
@@ -277,11 +302,8 @@ impl Pool {
                     Role::OneWay { .. } => self.finish_one_way(now, conn, reason),
                 }
             }
-            State::InUse => {
-                if let Some(request) = self.in_flight.on(conn) {
-                    self.end_request(now, request, RequestEnd::TimedOut);
-                }
-            }
+            State::InUse => self.handle_slots_due(now, conn),
+            State::Leased { lease, .. } => self.expire_lease(now, lease),
             State::Draining { reason, .. } => self.close(conn, reason),
             State::Closing { .. } => {}
         }

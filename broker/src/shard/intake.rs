@@ -7,8 +7,8 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use poolbroker_proto::address::{Host, Protocol, UpstreamUrl, check_upstream_name};
-use poolbroker_proto::frame::{self, Deframer, Frame, Kind};
+use poolbroker_proto::address::{Host, HostPort, Protocol, UpstreamUrl, check_upstream_name};
+use poolbroker_proto::frame::{self, Deframer, Frame, FrameHeader, Kind};
 use poolbroker_proto::framing::{Cut, Framing, Tail};
 use poolbroker_proto::message::{Attachment, BrokerMessage, ClientMessage, Failure, Retry, decode};
 use poolbroker_proto::reason::Reason;
@@ -367,7 +367,7 @@ pub fn give_up_buffered(upstreams: &mut [Upstream], source: &mut Source) -> u64 
                 buffer.consume(consumed);
             }
             Cut::Skipped { consumed } => buffer.consume(consumed),
-            Cut::Incomplete => break,
+            Cut::Incomplete | Cut::Broken => break,
         }
     }
     if !buffer.is_empty() {
@@ -582,10 +582,7 @@ fn handle_request(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, frame:
         };
         return refuse(source, reason, text);
     }
-    let timeout = match frame.header.timeout_ms {
-        0 => None,
-        timeout_ms => Some(Duration::from_millis(u64::from(timeout_ms))),
-    };
+    let timeout = timeout_of(frame.header);
     let uid = source.session.peer.uid;
     let Ok(charge) = desk.quotas.charge(uid, Resource::QueuedBytes, frame.body.len()) else {
         let text = format!("{}: queued_bytes_max_per_uid", Reason::Quota);
@@ -635,6 +632,17 @@ fn handle_control(
         ClientMessage::ResumeRing { bytes, upstreams } => {
             resume_ring(desk, source, id, header.correlation, bytes, &upstreams)
         }
+        ClientMessage::Lease => {
+            ask_lease(desk, source, id, header);
+            Ok(None)
+        }
+        ClientMessage::Release { lease, is_clean } => {
+            if let Some(upstream) = source.session.upstream(header.upstream) {
+                desk.upstreams[upstream].release(desk.now, id, lease, is_clean);
+                desk.touched.push(upstream);
+            }
+            Ok(None)
+        }
     };
     match answered {
         Ok(Some(answer)) => source.tell_control(Kind::Control, header.correlation, &answer),
@@ -645,6 +653,37 @@ fn handle_control(
         }
     }
     Ok(())
+}
+
+/// Asks for a lease; whatever is answered goes by the socket.
+fn ask_lease(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, header: FrameHeader) {
+    let correlation = header.correlation;
+    let timeout = timeout_of(header);
+    let asked = match source.session.upstream(header.upstream) {
+        Some(upstream) => {
+            desk.touched.push(upstream);
+            let owner = Owner { source: id, correlation };
+            let uid = source.session.peer.uid;
+            desk.upstreams[upstream].lease(desk.now, owner, uid, timeout)
+        }
+        None => {
+            let reason = Reason::UnknownUpstream;
+            let text = format!("handle {} was not opened by this client", header.upstream);
+            Err(Failure { reason, retry: Retry::NotSent, text })
+        }
+    };
+    if let Err(failure) = asked {
+        source.session.handle_refused(None, failure.reason);
+        source.pass(Kind::Failure, correlation, &failure, None);
+    }
+}
+
+/// How long something may take in all.
+fn timeout_of(header: FrameHeader) -> Option<Duration> {
+    match header.timeout_ms {
+        0 => None,
+        timeout_ms => Some(Duration::from_millis(u64::from(timeout_ms))),
+    }
 }
 
 /// An answer, none yet, or a refusal with its words.
@@ -739,13 +778,19 @@ fn open_url(desk: &mut Desk<'_>, source: &mut Source, url: &str) -> Answer {
 fn find_by_url(desk: &mut Desk<'_>, url: &str) -> Result<usize, (Reason, String)> {
     let url: UpstreamUrl = url.parse().map_err(|error| (Reason::InvalidUrl, format!("{error}")))?;
     let not_allowed = |why: String| (Reason::NotAllowed, format!("{url} cannot be opened: {why}"));
-    let Host::Ip(address) = &url.host else {
-        return Err(not_allowed("by URL only an address can be opened, not a host name".into()));
-    };
-    if !desk.dynamic.allow.iter().any(|network| network.contains(address)) {
-        return Err(not_allowed(format!(
-            "no network of [dynamic] allow in the configuration contains {address}"
-        )));
+    let mut remotes = Vec::new();
+    for HostPort { host, port } in &url.hosts {
+        let Host::Ip(address) = host else {
+            return Err(not_allowed(
+                "by URL only an address can be opened, not a host name".into(),
+            ));
+        };
+        if !desk.dynamic.allow.iter().any(|network| network.contains(address)) {
+            return Err(not_allowed(format!(
+                "no network of [dynamic] allow in the configuration contains {address}"
+            )));
+        }
+        remotes.push((*address, *port).into());
     }
     let name = url.to_string();
     let found = desk.upstreams.iter().position(|upstream| upstream.config.name == name);
@@ -762,13 +807,12 @@ fn find_by_url(desk: &mut Desk<'_>, url: &str) -> Result<usize, (Reason, String)
             desk.dynamic.upstreams_max
         )));
     }
-    let remote = (*address, url.port).into();
     let mut config = UpstreamConfig::new(&name, url);
     config.overflow = Overflow::Block;
     config.fifo = None;
     let index = desk.upstreams.len();
     let mut upstream = Upstream::new(index, config, desk.limits, index as u64);
-    upstream.pool.handle_resolved(desk.now, vec![remote]);
+    upstream.pool.handle_resolved(desk.now, remotes);
     desk.upstreams.push(upstream);
     Ok(index)
 }
@@ -855,6 +899,10 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
             Step::Next
         }
         Cut::Incomplete => Step::NeedsBytes,
+        Cut::Broken => {
+            session.handle_refused(Some(0), Reason::Malformed);
+            Step::Stop(Served::Ended(Reason::Malformed))
+        }
     }
 }
 

@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
-use poolbroker_proto::address::{Host, Protocol};
+use poolbroker_proto::address::{Host, HostPort, Protocol};
 use poolbroker_proto::frame::{Deframer, Kind};
 use poolbroker_proto::framing::{Cutter, Framing};
 use poolbroker_proto::message::BrokerMessage;
@@ -223,7 +223,7 @@ impl Shard {
             upstreams.push(Upstream::new(index, upstream, &config.broker, seed));
         }
         let longest = upstreams.iter().map(|upstream| upstream.config.limits.message_bytes_max);
-        let of_dynamic = UpstreamLimits::of(Protocol::Tcp).message_bytes_max;
+        let of_dynamic = UpstreamLimits::of_protocol(Protocol::Tcp).message_bytes_max;
         let longest = longest.max().unwrap_or(0).max(of_dynamic);
         let mut shard = Shard {
             started: Instant::now(),
@@ -295,13 +295,16 @@ impl Shard {
     fn locate_upstreams(&mut self) {
         for (index, upstream) in self.upstreams.iter_mut().enumerate() {
             let url = &upstream.config.url;
-            match &url.host {
-                Host::Ip(address) => {
-                    let remote = (*address, url.port).into();
-                    upstream.pool.handle_resolved(self.now, vec![remote]);
-                }
-                Host::Name(name) => self.resolver.watch(index, name, url.port),
+            if let [HostPort { host: Host::Name(name), port }] = &url.hosts[..] {
+                self.resolver.watch(index, name, *port);
+                continue;
             }
+            let addresses = url.hosts.iter().filter_map(|at| match &at.host {
+                Host::Ip(address) => Some((*address, at.port).into()),
+                Host::Name(_) => None,
+            });
+            let addresses = addresses.collect();
+            upstream.pool.handle_resolved(self.now, addresses);
         }
     }
 
@@ -562,6 +565,11 @@ impl Shard {
         for (upstream, request) in self.sources.requests(id) {
             self.upstreams[upstream].pool.cancel(self.now, request);
             self.work_on(upstream);
+        }
+        for upstream in 0..self.upstreams.len() {
+            if self.upstreams[upstream].pool.end_leases(self.now, id) {
+                self.work_on(upstream);
+            }
         }
         let Some(mut source) = self.sources.remove(id) else {
             return;

@@ -4,34 +4,38 @@
 //! the body of a waiting request under its id, the request being written on its connection.
 //! Everything that sources must learn goes through [`Sources`].
 
+mod exchange;
+mod greeting;
+mod lending;
+mod one_way;
+
 use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
 use poolbroker_proto::address::Protocol;
-use poolbroker_proto::framing::{Cut, Cutter, Framing};
+use poolbroker_proto::framing::Framing;
 use poolbroker_proto::message::{Failure, Retry};
 use poolbroker_proto::reason::Reason;
-use rustix::io::Errno;
 use slotmap::SecondaryMap;
 
+use self::exchange::{Body, Exchange};
+use self::one_way::Wire;
 use super::Target;
 use super::sources::Sources;
 use crate::buffer::{ReceiveBuffer, SendBuffer, Spares};
 use crate::coalesce::Coalescer;
-use crate::config::{BATCHES_MAX, READS_MAX};
 use crate::config::{BrokerLimits, Overflow, UpstreamConfig};
-use crate::ids::{ConnId, RequestId, SourceId};
-use crate::inflight::Owner;
+use crate::config::{CLIENT_TEXT_CHARS_MAX, READS_MAX};
+use crate::ids::{ConnId, LeaseId, RequestId, SourceId};
+use crate::inflight::{Matching, Owner};
 use crate::poller::{Poller, Readiness, Token};
-use crate::pool::{Acquire, Action, After, Conn, Pool, PoolSettings, Role, State};
-use crate::quota::Charge;
-use crate::separator::Separator;
-use crate::snapshot::{ConnectionSnapshot, UpstreamSnapshot, by_reason};
+use crate::pool::{Action, Conn, Pool, PoolSettings, Role};
+use crate::snapshot::{ConnectionSnapshot, LeaseSnapshot, UpstreamSnapshot, by_reason};
 use crate::stats::RequestEnd;
 use crate::timers::Time;
-use crate::upstream::udp::{self, Discard, Unsent};
-use crate::upstream::{broken, connect_failure, sockopt, tcp};
+use crate::upstream::udp::{self, Discard};
+use crate::upstream::{connect_failure, sockopt, tcp};
 
 /// What the shard lends to an upstream while it works.
 pub struct Context<'a> {
@@ -72,7 +76,14 @@ pub struct Upstream {
     lanes: Vec<LaneIo>,
     scratch: Vec<u8>,
     sockets: SecondaryMap<ConnId, Socket>,
+    /// Requests that wait for a connection.
     bodies: SecondaryMap<RequestId, Body>,
+    /// Connections with requests that were granted and not yet written.
+    unwritten: Vec<ConnId>,
+    /// Connections that were lent and not yet passed on.
+    granted: Vec<(ConnId, LeaseId, Owner)>,
+    /// Connections that came back from leases.
+    returned: Vec<ConnId>,
     /// Sources that found the queue full.
     blocked: Vec<SourceId>,
     /// Connections with more to read than one turn allows.
@@ -80,7 +91,8 @@ pub struct Upstream {
     /// Connections that took no more when they were written to.
     full: Vec<ConnId>,
     udp: udp::Sender,
-    replies: udp::Receiver,
+    /// Always there, but while it is read.
+    replies: Option<udp::Receiver>,
     nobuf_backoff: (Duration, Duration),
     icmp_refused: u64,
     redelivered: u64,
@@ -95,79 +107,25 @@ struct LaneIo {
     pause: Option<Pause>,
 }
 
-/// How a body becomes a one-way message in a send buffer.
-#[derive(Debug)]
-enum Wire {
-    /// With the marks of a framing; a datagram is its own message, and raw.
-    Framed(Framing),
-    /// With a separator behind it, so that it can share a datagram.
-    Separated(Separator),
-}
-
-impl Wire {
-    fn overhead_bytes(&self) -> usize {
-        match self {
-            Wire::Framed(framing) => framing.overhead_bytes(),
-            Wire::Separated(separator) => separator.bytes().len(),
-        }
-    }
-
-    /// The bytes at the end of a datagram that are not sent.
-    fn gap(&self) -> usize {
-        match self {
-            Wire::Framed(_) => 0,
-            Wire::Separated(separator) => separator.bytes().len(),
-        }
-    }
-
-    /// Appends `body` as one message, or leaves `out` as it is and says why.
-    fn encode(&self, body: &[u8], is_line: bool, out: &mut Vec<u8>) -> Result<(), Reason> {
-        match self {
-            Wire::Framed(framing) if is_line => framing.encode_line(body, out),
-            Wire::Framed(framing) => framing.encode(body, out),
-            Wire::Separated(separator) if separator.is_in(body) => Err(Reason::Delimiter),
-            Wire::Separated(separator) => {
-                out.extend_from_slice(body);
-                out.extend_from_slice(separator.bytes());
-                Ok(())
-            }
-        }
-    }
-
-    /// The same for a body that `copy` appends. It is looked at only after that: the original lies
-    /// in memory that others write to (M5).
-    fn encode_copied(
-        &self,
-        copy: impl FnOnce(&mut Vec<u8>),
-        scratch: &mut Vec<u8>,
-        out: &mut Vec<u8>,
-    ) -> Result<(), Reason> {
-        let before = out.len();
-        match self {
-            Wire::Framed(Framing::Raw) => copy(out),
-            Wire::Framed(framing) => {
-                scratch.clear();
-                copy(scratch);
-                return framing.encode(scratch, out);
-            }
-            Wire::Separated(separator) => {
-                copy(out);
-                if separator.is_in(&out[before..]) {
-                    out.truncate(before);
-                    return Err(Reason::Delimiter);
-                }
-                out.extend_from_slice(separator.bytes());
-            }
-        }
-        Ok(())
-    }
-}
-
 /// ENOBUFS: nothing is sent until then.
 #[derive(Debug, Clone, Copy)]
 struct Pause {
     until: Time,
     length: Duration,
+}
+
+/// How far a connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// It is being opened.
+    Connecting,
+    /// It says what `on_connect` has to say.
+    Greeting {
+        /// The reply to this of its requests comes next.
+        step: usize,
+    },
+    /// It is used.
+    Up,
 }
 
 /// The I/O half of a connection.
@@ -176,44 +134,19 @@ struct Socket {
     fd: OwnedFd,
     token: Token,
     local: Option<SocketAddr>,
-    is_connected: bool,
+    phase: Phase,
     is_readable: bool,
     is_writable: bool,
     /// A datagram socket that was full, and is watched for room.
     waits_for_room: bool,
     is_ending: bool,
+    /// By the poller; not while it is lent.
+    is_watched: bool,
     discard: Discard,
     drops_seen: u32,
-    /// The request that it carries, once it is being written; a request that was only granted
-    /// this connection has no reply yet.
-    exchange: Option<Exchange>,
+    /// Its requests; none on a one-way connection.
+    exchange: Exchange,
     input: Option<ReceiveBuffer>,
-    cutter: Cutter,
-}
-
-/// The bytes of a request, charged to its user while they are here.
-#[derive(Debug)]
-struct Body {
-    bytes: Vec<u8>,
-    _charge: Charge,
-}
-
-/// A request on its connection.
-#[derive(Debug)]
-struct Exchange {
-    request: RequestId,
-    body: Body,
-    written: usize,
-}
-
-impl Exchange {
-    fn is_begun(&self) -> bool {
-        self.written > 0
-    }
-
-    fn is_written(&self) -> bool {
-        self.written == self.body.bytes.len()
-    }
 }
 
 impl Upstream {
@@ -233,7 +166,20 @@ impl Upstream {
                 (Wire::Separated(separator), Some(coalescer))
             }
         };
-        let settings = PoolSettings { protocol, limits, requests_refused, coalescer, seed };
+        let matching = match config.url.id {
+            None => Matching::InOrder,
+            Some(field) => Matching::ById { ids: field.ids() },
+        };
+        let settings = PoolSettings {
+            protocol,
+            limits,
+            requests_refused,
+            leases_refused: (!config.lends).then_some(Reason::NotAllowed),
+            matching,
+            is_idempotent: config.is_idempotent,
+            coalescer,
+            seed,
+        };
         let pool = Pool::new(settings);
         Upstream {
             wire,
@@ -245,10 +191,13 @@ impl Upstream {
             scratch: Vec::new(),
             sockets: SecondaryMap::new(),
             bodies: SecondaryMap::new(),
+            unwritten: Vec::new(),
+            granted: Vec::new(),
+            returned: Vec::new(),
             blocked: Vec::new(),
             unread: Vec::new(),
             full: Vec::new(),
-            replies: udp::Receiver::new(),
+            replies: Some(udp::Receiver::new()),
             nobuf_backoff: (broker.nobuf_backoff_min, broker.nobuf_backoff_max),
             icmp_refused: 0,
             redelivered: 0,
@@ -360,44 +309,6 @@ impl Upstream {
         self.blocked.push(source);
     }
 
-    /// Starts a request; its end comes through [`Sources`], unless it is refused at once.
-    pub fn request(
-        &mut self,
-        now: Time,
-        owner: Owner,
-        body: &[u8],
-        timeout: Option<Duration>,
-        charge: Charge,
-    ) -> Result<RequestId, Failure> {
-        let refused = if body.is_empty() {
-            Some(Reason::Empty)
-        } else if body.len() > self.config.limits.message_bytes_max {
-            Some(Reason::TooLong)
-        } else {
-            None
-        };
-        let mut bytes = Vec::new();
-        let encoded = match refused {
-            Some(reason) => Err(reason),
-            None => self.request_framing().encode(body, &mut bytes),
-        };
-        if let Err(reason) = encoded {
-            self.pool.refuse_request(reason);
-            return Err(self.failure(RequestEnd::Refused(reason), false));
-        }
-        match self.pool.request(now, owner, timeout.map(|timeout| now + timeout)) {
-            Acquire::Granted { request, conn } => {
-                self.write_request(now, conn, request, Body { bytes, _charge: charge });
-                Ok(request)
-            }
-            Acquire::Queued { request } => {
-                self.bodies.insert(request, Body { bytes, _charge: charge });
-                Ok(request)
-            }
-            Acquire::Refused(reason) => Err(self.failure(RequestEnd::Refused(reason), false)),
-        }
-    }
-
     // From the loop.
 
     /// Something happened to a socket.
@@ -412,11 +323,11 @@ impl Upstream {
         }
         socket.is_readable |= readiness.is_readable();
         socket.is_ending |= readiness.is_ending();
-        if !socket.is_connected {
+        if socket.phase == Phase::Connecting {
             if readiness.is_writable() {
                 self.finish_connect(cx.now, conn);
             }
-            if !self.sockets.get(conn).is_some_and(|socket| socket.is_connected) {
+            if !self.sockets.get(conn).is_some_and(|socket| socket.phase != Phase::Connecting) {
                 return;
             }
         }
@@ -431,7 +342,7 @@ impl Upstream {
             self.icmp_refused += udp::drain_error_queue(&socket.fd);
         }
         if readiness.is_writable() {
-            self.write_rest(cx.now, conn);
+            self.write_rest(cx, conn);
         }
     }
 
@@ -453,6 +364,8 @@ impl Upstream {
             self.read(cx, conn);
         }
         self.carry_out(cx);
+        self.pass_on_granted(cx);
+        self.write_requests(cx);
         self.pool.catch_up(cx.now);
         for lane in 0..self.lanes.len() {
             match self.config.url.protocol {
@@ -551,6 +464,20 @@ impl Upstream {
             in_flight: pool.in_flight() as u64,
             waiters: pool.waiters() as u64,
             maxwait_ms: u64::try_from(maxwait.as_millis()).unwrap_or(u64::MAX),
+            retried: pool.retried,
+            retransmitted: pool.retransmitted,
+            leases: {
+                let counts = pool.lease_counts();
+                LeaseSnapshot {
+                    asked: counts.asked,
+                    granted: counts.granted,
+                    returned: counts.returned,
+                    held: pool.leases_held() as u64,
+                    waiting: pool.lease_waiters() as u64,
+                    refused: by_reason(&counts.refused),
+                    ended: by_reason(&counts.ended),
+                }
+            },
             connections: pool.conns().map(connection).collect(),
             connections_opened: pool.opened,
             connections_closed: by_reason(&pool.closed),
@@ -563,23 +490,24 @@ impl Upstream {
         while let Some(action) = self.pool.poll_action() {
             match action {
                 Action::Connect { conn, role, remote } => self.connect(cx, conn, role, remote),
-                Action::Dispatch { conn, request } => {
-                    // The connection may have been lost meanwhile; the request waits again then.
-                    if self.pool.request_on(conn) == Some(request)
-                        && let Some(body) = self.bodies.remove(request)
-                    {
-                        self.write_request(cx.now, conn, request, body);
-                    }
+                Action::Dispatch { conn, request, tag } => self.dispatch(conn, request, tag),
+                Action::Resend { conn, tag } => self.resend(conn, tag),
+                Action::Forget { conn, tag } => self.forget(conn, tag),
+                Action::Lend { conn, lease, owner } => self.pass_on(cx, conn, lease, owner),
+                Action::RefuseLease { owner, reason } => {
+                    let failure = self.failure(RequestEnd::Refused(reason), false);
+                    cx.sources.refuse_lease(owner, &failure);
                 }
-                Action::Fail { request, owner, end, was_sent } => {
-                    self.bodies.remove(request);
+                Action::Revoke { conn } => self.revoke(conn),
+                Action::Fail { request, owner, end, left } => {
+                    let was_sent = self.recall(cx.now, request, left);
                     let failure = self.failure(end, was_sent);
                     cx.sources.fail(owner, failure);
                 }
                 Action::Drain { conn } => {
                     let finished = self.sockets.get(conn).map(|s| tcp::finish_writing(&s.fd));
                     if !matches!(finished, Some(Ok(()))) {
-                        self.pool.handle_lost(cx.now, conn, Reason::PeerReset, false);
+                        self.pool.handle_lost(cx.now, conn, Reason::PeerReset, 0);
                     }
                 }
                 Action::Retire { conn } => self.retire(conn),
@@ -602,7 +530,8 @@ impl Upstream {
             if role != Role::Exchange {
                 self.udp.forget_route();
             }
-            udp::open(remote, role == Role::Exchange)
+            let takes_replies = self.config.url.protocol != Protocol::UdpWriteOnly;
+            udp::open(remote, takes_replies && role == Role::Exchange)
         };
         let opened = opened.and_then(|(fd, discard)| {
             let target = Target::Conn { upstream: self.index, conn };
@@ -622,23 +551,24 @@ impl Upstream {
             }
         };
         let local = local_address(&fd);
-        let cutter = Cutter::new(self.config.url.framing, self.config.limits.message_bytes_max);
+        let bytes_max = self.config.limits.message_bytes_max;
+        let exchange = Exchange::new(self.config.url.framing, bytes_max);
         self.sockets.insert(
             conn,
             Socket {
                 fd,
                 token,
                 local,
-                is_connected: !is_tcp,
+                phase: if is_tcp { Phase::Connecting } else { Phase::Up },
                 is_readable: false,
                 is_writable: !is_tcp,
                 waits_for_room: false,
                 is_ending: false,
+                is_watched: true,
                 discard,
                 drops_seen: 0,
-                exchange: None,
+                exchange,
                 input: None,
-                cutter,
             },
         );
         if !is_tcp {
@@ -652,12 +582,13 @@ impl Upstream {
         };
         match tcp::connect_result(&socket.fd) {
             Ok(()) => {
-                socket.is_connected = true;
                 socket.local = local_address(&socket.fd);
                 if self.pool.last_failure().is_some() {
                     tracing::info!(upstream = self.config.name, "connected again");
                 }
-                self.pool.handle_connected(now, conn);
+                if let Err(reason) = self.greet(now, conn, 0) {
+                    self.pool.handle_connect_failed(now, conn, reason);
+                }
             }
             Err(error) => {
                 let reason = connect_failure(error);
@@ -680,7 +611,7 @@ impl Upstream {
                 upstream = self.config.name, fd = socket.fd.as_raw_fd(), %reason,
                 "connection closed"
             );
-            if self.config.url.protocol == Protocol::Tcp && socket.is_connected {
+            if self.config.url.protocol == Protocol::Tcp && socket.phase != Phase::Connecting {
                 unacknowledged = sockopt::unacknowledged_bytes(&socket.fd).unwrap_or(0);
             }
             cx.poller.unwatch(&socket.fd, socket.token);
@@ -700,7 +631,9 @@ impl Upstream {
         socket.drops_seen = sockopt::mem_info(&socket.fd).map_or(0, |info| info.drops);
         socket.discard = udp::make_deaf(&socket.fd);
         for _ in 0..READS_MAX {
-            let Ok((count, is_readable)) = self.replies.receive(&socket.fd) else {
+            let Some(Ok((count, is_readable))) =
+                self.replies.as_mut().map(|replies| replies.receive(&socket.fd))
+            else {
                 return;
             };
             if let Some(record) = self.pool.conn_mut(conn) {
@@ -728,53 +661,38 @@ impl Upstream {
         }
     }
 
-    // Requests.
-
-    fn write_request(&mut self, now: Time, conn: ConnId, request: RequestId, body: Body) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
-        socket.exchange = Some(Exchange { request, body, written: 0 });
-        let checked = match self.config.url.protocol {
-            Protocol::Tcp => tcp::check_reusable(&socket.fd),
-            Protocol::Udp | Protocol::UdpWriteOnly => udp::check_reusable(&socket.fd),
-        };
-        if let Err(reason) = checked {
-            return self.lose(now, conn, reason);
-        }
-        self.write_rest(now, conn);
-    }
-
-    fn write_rest(&mut self, now: Time, conn: ConnId) {
-        let Some(socket) = self.sockets.get_mut(conn) else { return };
-        let Some(exchange) = &mut socket.exchange else { return };
-        let mut is_retry = false;
-        while !exchange.is_written() && socket.is_writable {
-            match tcp::write(&socket.fd, &exchange.body.bytes[exchange.written..]) {
-                Ok(bytes) => {
-                    exchange.written += bytes;
-                    if let Some(record) = self.pool.conn_mut(conn) {
-                        record.bytes_out += bytes as u64;
-                    }
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => {
-                    socket.is_writable = false;
-                    self.full.push(conn);
-                }
-                // The error of an earlier datagram on this socket (E10).
-                Err(Errno::CONNREFUSED) if !is_retry => is_retry = true,
-                Err(error) => return self.lose(now, conn, broken(error)),
+    fn read(&mut self, cx: &mut Context<'_>, conn: ConnId) {
+        for _ in 0..READS_MAX {
+            let Some(socket) = self.sockets.get(conn) else {
+                return;
+            };
+            if !socket.is_readable {
+                return;
+            }
+            let takes_more = match self.config.url.protocol {
+                Protocol::Tcp => self.read_stream(cx, conn),
+                Protocol::Udp | Protocol::UdpWriteOnly => self.read_datagrams(cx, conn),
+            };
+            if !takes_more {
+                return;
             }
         }
+        self.unread.push(conn);
     }
 
-    /// A connection is of no use any more. A request of which no byte left gets its body back.
-    fn lose(&mut self, now: Time, conn: ConnId, reason: Reason) {
-        let exchange = self.sockets.get_mut(conn).and_then(|socket| socket.exchange.take());
-        let untouched = exchange.as_ref().is_none_or(|exchange| !exchange.is_begun());
-        if untouched && let Some(Exchange { request, body, .. }) = exchange {
-            self.bodies.insert(request, body);
+    // Words.
+
+    /// Why a request never gets in, and what of it.
+    fn refusal(&self, reason: Reason, what: &str) -> Failure {
+        let mut failure = self.failure(RequestEnd::Refused(reason), false);
+        if !what.is_empty() {
+            failure.text.push_str(": ");
+            failure.text.extend(what.chars().take(CLIENT_TEXT_CHARS_MAX));
         }
-        self.pool.handle_lost(now, conn, reason, untouched);
+        if reason == Reason::Stateful {
+            failure.text.push_str("; use a lease, which is a connection of one's own");
+        }
+        failure
     }
 
     fn failure(&self, end: RequestEnd, was_sent: bool) -> Failure {
@@ -807,281 +725,8 @@ impl Upstream {
         let text = format!("upstream {name} ({url}): {reason}{detail}");
         Failure { reason, retry, text }
     }
-
-    // Reading.
-
-    fn read(&mut self, cx: &mut Context<'_>, conn: ConnId) {
-        for _ in 0..READS_MAX {
-            let Some(socket) = self.sockets.get(conn) else {
-                return;
-            };
-            if !socket.is_readable {
-                return;
-            }
-            let takes_more = match self.config.url.protocol {
-                Protocol::Tcp => self.read_stream(cx, conn),
-                Protocol::Udp | Protocol::UdpWriteOnly => self.read_datagrams(cx, conn),
-            };
-            if !takes_more {
-                return;
-            }
-        }
-        self.unread.push(conn);
-    }
-
-    /// Reads once and cuts what came into replies; whether to read again.
-    fn read_stream(&mut self, cx: &mut Context<'_>, conn: ConnId) -> bool {
-        let Some(socket) = self.sockets.get_mut(conn) else {
-            return false;
-        };
-        let buffer = socket.input.get_or_insert_with(|| cx.spares.take());
-        let room = buffer.room();
-        let len = room.len();
-        let end = match tcp::read(&socket.fd, room) {
-            Ok(0) => Some(Reason::PeerClosed),
-            Ok(bytes) => {
-                buffer.fill(bytes);
-                socket.is_readable = bytes == len || socket.is_ending;
-                if let Some(record) = self.pool.conn_mut(conn) {
-                    record.bytes_in += bytes as u64;
-                }
-                None
-            }
-            Err(Errno::AGAIN) => {
-                socket.is_readable = false;
-                None
-            }
-            Err(Errno::INTR) => None,
-            Err(error) => Some(broken(error)),
-        };
-        let mut lost = self.cut_replies(cx, conn);
-        if let Some(socket) = self.sockets.get_mut(conn)
-            && socket.input.as_ref().is_some_and(ReceiveBuffer::is_empty)
-            && let Some(buffer) = socket.input.take()
-        {
-            cx.spares.put_back(buffer);
-        }
-        lost = lost.or(end);
-        if let Some(reason) = lost {
-            if let Some(socket) = self.sockets.get_mut(conn) {
-                socket.is_readable = false;
-            }
-            self.lose(cx.now, conn, reason);
-        }
-        lost.is_none()
-    }
-
-    /// Delivers the complete replies in a connection's buffer; why the connection is lost, if so.
-    fn cut_replies(&mut self, cx: &mut Context<'_>, conn: ConnId) -> Option<Reason> {
-        let socket = self.sockets.get_mut(conn)?;
-        let buffer = socket.input.as_mut()?;
-        loop {
-            let role = self.pool.conn(conn)?.role;
-            let is_asked = socket.exchange.as_ref().is_some_and(Exchange::is_begun);
-            if role == Role::Exchange && !buffer.is_empty() && !is_asked {
-                return Some(Reason::Unsolicited);
-            }
-            match socket.cutter.next_cut(buffer.unread()) {
-                Cut::Message { body, consumed } => {
-                    let body = &buffer.unread()[body];
-                    let exchange = socket.exchange.take();
-                    let is_last = consumed == buffer.unread().len()
-                        && exchange.is_some_and(|exchange| exchange.is_written());
-                    let after = if is_last { After::Nothing } else { After::Surplus };
-                    let deliverable =
-                        self.pool.holder(conn).is_none_or(|owner| cx.sources.can_take(owner, body));
-                    let owner = self.pool.handle_reply(cx.now, conn, after, deliverable);
-                    if let Some(owner) = owner {
-                        cx.sources.reply(owner, body);
-                    }
-                    buffer.consume(consumed);
-                    let closing = matches!(self.pool.conn(conn)?.state, State::Closing { .. });
-                    if closing {
-                        return None;
-                    }
-                }
-                Cut::Refused { reason: _, consumed } if role != Role::Exchange => {
-                    buffer.consume(consumed);
-                    self.pool.conn_mut(conn)?.replies_discarded += 1;
-                }
-                Cut::Refused { .. } => return Some(Reason::ReplyTooLong),
-                Cut::Skipped { consumed } => buffer.consume(consumed),
-                Cut::Incomplete => return None,
-            }
-        }
-    }
-
-    /// Reads what one call gives; whether to read again.
-    fn read_datagrams(&mut self, cx: &mut Context<'_>, conn: ConnId) -> bool {
-        let Some(socket) = self.sockets.get_mut(conn) else {
-            return false;
-        };
-        if socket.discard == Discard::Filter {
-            socket.is_readable = false;
-            return false;
-        }
-        let mut lost = None;
-        match self.replies.receive(&socket.fd) {
-            Ok((count, is_readable)) => {
-                socket.is_readable = is_readable;
-                let discards = socket.discard == Discard::Drain;
-                for body in (0..count).map(|index| self.replies.datagram(index)) {
-                    let exchange = socket.exchange.take_if(|exchange| exchange.is_begun());
-                    let holder = exchange.and_then(|_| self.pool.holder(conn));
-                    if let Some(record) = self.pool.conn_mut(conn) {
-                        record.bytes_in += body.len() as u64;
-                        record.replies_discarded += u64::from(discards || holder.is_none());
-                    }
-                    match holder {
-                        _ if discards => {}
-                        None => lost = Some(Reason::Unsolicited),
-                        Some(owner) => {
-                            let deliverable = cx.sources.can_take(owner, body);
-                            let owner =
-                                self.pool.handle_reply(cx.now, conn, After::Nothing, deliverable);
-                            if let Some(owner) = owner {
-                                cx.sources.reply(owner, body);
-                            }
-                        }
-                    }
-                }
-            }
-            Err(Errno::AGAIN) => socket.is_readable = false,
-            Err(Errno::INTR) => {}
-            // Reported for a datagram of this socket, which then carries a request or is idle.
-            Err(error) => lost = self.pool.holder(conn).map(|_| broken(error)),
-        }
-        if let Some(reason) = lost {
-            self.lose(cx.now, conn, reason);
-        }
-        self.sockets.get(conn).is_some_and(|socket| socket.is_readable) && lost.is_none()
-    }
-
-    // Sending one-way messages.
-
-    fn request_framing(&self) -> Framing {
-        match self.config.url.protocol {
-            Protocol::Tcp => self.config.url.framing,
-            // A datagram is its own message.
-            Protocol::Udp | Protocol::UdpWriteOnly => Framing::Raw,
-        }
-    }
-
-    fn writable_one_way(&self, lane: usize) -> Option<ConnId> {
-        let conn = self.pool.sending_conn(lane)?;
-        self.sockets.get(conn)?.is_writable.then_some(conn)
-    }
-
-    fn send_stream(&mut self, now: Time, lane: usize) {
-        while let Some(conn) = self.writable_one_way(lane)
-            && let Some(socket) = self.sockets.get_mut(conn)
-        {
-            let send_buffer = &mut self.lanes[lane].send_buffer;
-            let written = self.pool.outbox(lane).front_written();
-            let unsent = &send_buffer.unsent()[written..];
-            match tcp::write(&socket.fd, unsent) {
-                Ok(bytes) => {
-                    socket.is_writable = bytes == unsent.len();
-                    let done = self.pool.handle_written(now, conn, bytes);
-                    send_buffer.consume(done);
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => socket.is_writable = false,
-                Err(error) => return self.lose(now, conn, broken(error)),
-            }
-        }
-    }
-
-    fn send_datagrams(&mut self, now: Time, lane: usize, mut last_pause: Duration) {
-        let gap = self.wire.gap();
-        for _ in 0..BATCHES_MAX {
-            let Some(conn) = self.writable_one_way(lane) else {
-                return;
-            };
-            let Some(socket) = self.sockets.get_mut(conn) else {
-                return;
-            };
-            let mut lens = [0; udp::BATCH_MAX];
-            let count = self.pool.outbox(lane).next_datagrams(&mut lens);
-            if count == 0 {
-                return;
-            }
-            let LaneIo { send_buffer, is_retry, pause } = &mut self.lanes[lane];
-            let result = self.udp.send(&socket.fd, send_buffer.unsent(), &lens[..count], gap);
-            let done = match result {
-                Ok(datagrams) => self.pool.handle_sent(now, conn, datagrams),
-                Err(Unsent::WouldBlock) => {
-                    socket.is_writable = false;
-                    self.full.push(conn);
-                    return;
-                }
-                Err(Unsent::Refused) if !*is_retry => {
-                    *is_retry = true;
-                    continue;
-                }
-                Err(Unsent::NoBuffers) if last_pause < self.nobuf_backoff.1 => {
-                    let (shortest, longest) = self.nobuf_backoff;
-                    let length = (last_pause * 2).clamp(shortest, longest);
-                    *pause = Some(Pause { until: now + length, length });
-                    return;
-                }
-                Err(unsent) => {
-                    let reason = match unsent {
-                        Unsent::NoBuffers => Reason::Enobufs,
-                        Unsent::TooBig => Reason::TooBig,
-                        Unsent::Refused => Reason::ConnectRefused,
-                        Unsent::Failed(_) | Unsent::WouldBlock => Reason::SendError,
-                    };
-                    self.pool.handle_unsendable(now, conn, reason)
-                }
-            };
-            *is_retry = false;
-            last_pause = Duration::ZERO;
-            send_buffer.consume(done);
-        }
-    }
 }
 
 fn local_address(fd: &OwnedFd) -> Option<SocketAddr> {
     SocketAddr::try_from(rustix::net::getsockname(fd).ok()?).ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn copied(wire: &Wire, body: &[u8]) -> (Result<(), Reason>, Vec<u8>) {
-        let mut out = b"before".to_vec();
-        let copy = |out: &mut Vec<u8>| out.extend_from_slice(body);
-        let result = wire.encode_copied(copy, &mut b"scratch".to_vec(), &mut out);
-        (result, out)
-    }
-
-    #[test]
-    fn a_copy_is_checked_like_the_body_itself_and_taken_away_again_if_it_is_refused() {
-        let wires = [
-            Wire::Framed(Framing::Raw),
-            Wire::Framed(Framing::Lines),
-            Wire::Framed(Framing::Crlf),
-            Wire::Separated(Separator::new(b"\n")),
-            Wire::Separated(Separator::new(b"::")),
-            Wire::Separated(Separator::new(b"")),
-        ];
-        for wire in &wires {
-            for body in [&b"one"[..], b"a\nb", b"a::b", b"a:", b"\r"] {
-                let mut out = b"before".to_vec();
-                let result = wire.encode(body, false, &mut out);
-                assert_eq!(copied(wire, body), (result, out.clone()), "{wire:?} {body:?}");
-                match result {
-                    Ok(()) => assert_eq!(out.len(), 6 + body.len() + wire.overhead_bytes()),
-                    Err(reason) => {
-                        assert_eq!((reason, &out[..]), (Reason::Delimiter, &b"before"[..]))
-                    }
-                }
-            }
-        }
-        assert_eq!(copied(&wires[3], b"a\nFORGED").0, Err(Reason::Delimiter));
-        assert_eq!(copied(&wires[4], b"a:").0, Err(Reason::Delimiter));
-        assert_eq!(copied(&wires[0], b"a\nb").0, Ok(()));
-    }
 }

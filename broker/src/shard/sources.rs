@@ -5,6 +5,7 @@
 //! buffer. One that has ended stays until everything it handed over has its outcome.
 
 use std::collections::VecDeque;
+use std::os::fd::{AsFd, BorrowedFd};
 
 use poolbroker_proto::frame::{FrameHeader, Kind};
 use poolbroker_proto::framing::{Cutter, Framing};
@@ -114,6 +115,21 @@ impl Source {
         {
             tracing::error!("a frame for a client is longer than 4 GiB");
         }
+    }
+
+    /// Passes a control message or failure by the client socket itself, also where there is a ring.
+    pub fn pass<T: Serialize>(
+        &mut self,
+        kind: Kind,
+        correlation: u64,
+        message: &T,
+        descriptor: Option<BorrowedFd<'_>>,
+    ) -> bool {
+        let Io::Unix(socket) = &mut self.io else { return false };
+        let header = FrameHeader { correlation, ..FrameHeader::new(kind) };
+        let mut frame = Vec::new();
+        let is_written = encode(message).is_ok_and(|body| header.append(&body, &mut frame).is_ok());
+        is_written && socket.stream.pass(frame, descriptor)
     }
 
     /// Appends a control message or failure for the client.
@@ -356,6 +372,27 @@ impl Sources {
             Io::Fifo(_) | Io::Pipe(_) => {}
         }
         self.due.push(owner.source);
+    }
+
+    /// Passes a connection to the owner of a lease: whether somebody is there to take it.
+    pub fn lend(&mut self, owner: Owner, lease: u64, connection: impl AsFd) -> bool {
+        let Some(source) = self.table.get_mut(owner.source) else { return false };
+        if source.is_hung_up || source.ended.is_some() {
+            return false;
+        }
+        let message = BrokerMessage::Leased { lease };
+        let passed =
+            source.pass(Kind::Control, owner.correlation, &message, Some(connection.as_fd()));
+        self.due.push(owner.source);
+        passed
+    }
+
+    /// Tells the owner of a wish for a lease that it gets none.
+    pub fn refuse_lease(&mut self, owner: Owner, failure: &Failure) {
+        if let Some(source) = self.table.get_mut(owner.source) {
+            source.pass(Kind::Failure, owner.correlation, failure, None);
+            self.due.push(owner.source);
+        }
     }
 
     /// Tells a source what it is to be told, as far as it reads. True: it is done and is to be

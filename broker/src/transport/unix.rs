@@ -148,6 +148,16 @@ pub struct Stream {
     socket: OwnedFd,
     out: Vec<u8>,
     written: usize,
+    /// Frames that go by the socket itself, also where there is a ring.
+    passing: VecDeque<Passing>,
+}
+
+/// A frame on its way by the socket, with the descriptor that goes with its first byte.
+#[derive(Debug)]
+struct Passing {
+    frame: Vec<u8>,
+    written: usize,
+    descriptor: Option<OwnedFd>,
 }
 
 /// How far a flush came.
@@ -163,7 +173,7 @@ pub enum Flushed {
 
 impl Stream {
     fn new(socket: OwnedFd) -> Self {
-        Stream { socket, out: Vec::new(), written: 0 }
+        Stream { socket, out: Vec::new(), written: 0, passing: VecDeque::new() }
     }
 
     /// Where to append what the client is to get.
@@ -176,8 +186,62 @@ impl Stream {
         self.out.len() - self.written
     }
 
+    /// Passes a frame by the socket itself, with a descriptor or without, past what
+    /// [`Stream::out`] holds.
+    pub fn pass(&mut self, frame: Vec<u8>, descriptor: Option<BorrowedFd<'_>>) -> bool {
+        let is_free = self.out.is_empty() && self.passing.is_empty();
+        let sent = match descriptor {
+            Some(descriptor) if is_free => fd::send(&self.socket, &frame, &[descriptor]).ok(),
+            Some(_) | None => None,
+        };
+        if sent == Some(frame.len()) {
+            return true;
+        }
+        let descriptor = match descriptor.filter(|_| sent.is_none()) {
+            Some(descriptor) => match descriptor.try_clone_to_owned() {
+                Ok(copy) => Some(copy),
+                Err(_) => return false,
+            },
+            None => None,
+        };
+        self.passing.push_back(Passing { frame, written: sent.unwrap_or(0), descriptor });
+        true
+    }
+
+    /// Writes what goes by the socket itself; only what was begun, where `begun` says so.
+    fn flush_passing(&mut self, begun: bool) -> Flushed {
+        while let Some(passing) = self.passing.front_mut() {
+            if begun && passing.written == 0 {
+                return Flushed::All;
+            }
+            let rest = &passing.frame[passing.written..];
+            let sent = match &passing.descriptor {
+                Some(descriptor) => fd::send(&self.socket, rest, &[descriptor.as_fd()])
+                    .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+                None => send_now(&self.socket, rest),
+            };
+            match sent {
+                Ok(bytes) => {
+                    passing.written += bytes;
+                    passing.descriptor = None;
+                    if passing.written == passing.frame.len() {
+                        self.passing.pop_front();
+                    }
+                }
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return Flushed::WouldBlock,
+                Err(_) => return Flushed::Gone,
+            }
+        }
+        Flushed::All
+    }
+
     /// Writes what the client takes now.
     pub fn flush(&mut self) -> Flushed {
+        let begun = self.flush_passing(true);
+        if begun != Flushed::All {
+            return begun;
+        }
         let mut flushed = Flushed::All;
         while self.written < self.out.len() {
             match send_now(&self.socket, &self.out[self.written..]) {
@@ -191,7 +255,7 @@ impl Stream {
             }
         }
         self.tidy();
-        flushed
+        if flushed == Flushed::All { self.flush_passing(false) } else { flushed }
     }
 
     /// Writes likewise, but into the client's ring.
@@ -204,6 +268,8 @@ impl Stream {
             // A socket that is full is readable, which is all that is to be achieved.
             let _ = nudge.map(|nudge| send_now(&self.socket, &nudge));
         }
+        // What waits here goes with the next event of the socket.
+        let _ = self.flush_passing(false);
         Ok(flushed)
     }
 
@@ -232,6 +298,7 @@ impl Stream {
     pub fn discard(&mut self) {
         self.out = Vec::new();
         self.written = 0;
+        self.passing.clear();
     }
 
     /// Takes nothing more from the client: its next write fails, what it wrote can still be read

@@ -60,6 +60,12 @@ pub fn read(socket: impl AsFd, room: &mut [u8]) -> Result<usize, Errno> {
     recv(socket, room, RecvFlags::DONTWAIT).map(|(_, bytes)| bytes)
 }
 
+/// Makes a socket useless to everybody who has a copy of its descriptor.
+pub fn revoke(socket: impl AsFd) {
+    // An error means that it is so already.
+    let _ = shutdown(socket, Shutdown::Both);
+}
+
 /// Sends FIN behind what was written; reading goes on.
 pub fn finish_writing(socket: impl AsFd) -> Result<(), Errno> {
     shutdown(socket, Shutdown::Write)
@@ -75,7 +81,7 @@ mod tests {
     fn an_idle_connection_is_refused_once_the_peer_spoke_or_closed() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let remote = listener.local_addr().unwrap();
-        let limits = UpstreamLimits::of(poolbroker_proto::address::Protocol::Tcp);
+        let limits = UpstreamLimits::of_protocol(poolbroker_proto::address::Protocol::Tcp);
         let settle = |socket: &OwnedFd, expected: Result<(), Reason>| {
             while check_reusable(socket) != expected {
                 std::thread::yield_now();

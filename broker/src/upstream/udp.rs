@@ -275,9 +275,9 @@ impl Receiver {
     }
 
     /// One of the datagrams read last.
-    pub fn datagram(&self, index: usize) -> &[u8] {
+    pub fn datagram_mut(&mut self, index: usize) -> &mut [u8] {
         let start = index * SLOT_BYTES;
-        &self.slots[start..start + self.lens[index]]
+        &mut self.slots[start..start + self.lens[index]]
     }
 }
 
@@ -460,7 +460,7 @@ mod tests {
         let mut read = Vec::new();
         for expected in [(SLOTS, true), (lens.len() - SLOTS, false)] {
             assert_eq!(receiver.receive(&ours), Ok(expected));
-            read.extend((0..expected.0).map(|index| receiver.datagram(index).to_vec()));
+            read.extend((0..expected.0).map(|index| receiver.datagram_mut(index).to_vec()));
         }
         assert!(read.iter().map(Vec::len).eq(lens));
         assert!(read.iter().all(|body| body.iter().all(|byte| *byte == body.len() as u8)));
