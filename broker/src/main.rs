@@ -7,6 +7,7 @@ mod closer;
 mod coalesce;
 mod config;
 mod control;
+mod credit;
 mod ids;
 mod inflight;
 mod mailbox;

@@ -11,10 +11,11 @@ use poolbroker_tests::binary::workspace_root;
 const CRATES: [&str; 5] = ["broker", "client-lib", "proto", "tests", "examples"];
 
 /// Files of the broker that decide and never do: no sockets, no clock, no payload.
-const PURE_FILES: [&str; 13] = [
+const PURE_FILES: [&str; 14] = [
     "pool",
     "balance",
     "coalesce",
+    "credit",
     "ids",
     "inflight",
     "outbox",

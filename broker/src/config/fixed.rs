@@ -198,6 +198,14 @@ pub const CLIENT_TEXT_CHARS_MAX: usize = 64;
 /// Runs of sources per turn, if fewer are ready: 2,048 messages, a fraction of a millisecond.
 pub const RUNS_PER_TURN: usize = 32;
 
+/// What each turn of a source brings it (`credit.rs`): less than a run
+/// of small messages costs, so that no source leaves any of it unused.
+pub const TURN_CREDIT_BYTES: i64 = 8 * KIB as i64;
+
+/// What a message costs beside its bytes: copying 128 bytes takes far less than everything else that
+/// is done for one, but much more would make large messages as good as free.
+pub const MESSAGE_COST_BYTES: usize = 128;
+
 /// Clients accepted in a row before others have their turn.
 pub const ACCEPTS_MAX: usize = 64;
 

@@ -16,6 +16,7 @@ use super::intake::Order;
 use super::sources::Source;
 use super::{ACCEPT_PAUSE, ACCEPTS_MAX, OpenFifo, Phase, Shard, Target};
 use crate::config::RECEIVE_BYTES;
+use crate::credit::Credit;
 use crate::ids::SourceId;
 use crate::poller::Token;
 use crate::quota::Resource;
@@ -130,6 +131,7 @@ impl Shard {
             is_readable: true,
             is_ending: false,
             is_hung_up: false,
+            credit: Credit::default(),
             is_ready: false,
             is_blocked: false,
             is_held: false,

@@ -148,6 +148,7 @@ struct Taken {
 /// Serves one source for one turn: how that ended, and how many bytes were taken.
 pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> (Served, usize) {
     let is_overfull = sources.is_overfull(id);
+    let is_alone = sources.ready_count() == 0;
     let Some(source) = sources.table.get_mut(id) else {
         return (Served::Held, 0);
     };
@@ -155,6 +156,9 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> (Serve
         return (Served::Held, 0);
     }
     let mut taken = Taken::default();
+    if !source.credit.begin_turn(is_alone) {
+        return (Served::Again, 0);
+    }
     let served = loop {
         if taken.messages >= desk.limits.run_messages_max
             || taken.bytes >= desk.limits.run_bytes_max
@@ -183,6 +187,7 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> (Serve
             Step::Stop(served) => break served,
         }
     };
+    source.credit.pay(taken.messages, taken.bytes);
     accept(desk, &mut source.session, id, &mut taken);
     if let Some(ring) = &source.ring {
         // From here on upstreams may send it.

@@ -16,6 +16,7 @@ use slotmap::SlotMap;
 
 use crate::buffer::ReceiveBuffer;
 use crate::config::RECEIVE_BYTES;
+use crate::credit::Credit;
 use crate::ids::{RequestId, SourceId};
 use crate::inflight::Owner;
 use crate::poller::Token;
@@ -50,6 +51,8 @@ pub struct Source {
     pub is_ending: bool,
     /// The other end is closed altogether: nobody is there for a reply.
     pub is_hung_up: bool,
+    /// What it may take in its turns.
+    pub credit: Credit,
     /// Among the ready ones.
     pub is_ready: bool,
     /// Waits for an upstream's queue.
