@@ -199,6 +199,15 @@ impl Client {
         self.lock()?.try_next_reply()
     }
 
+    /// As [`Client::try_next_reply`], for a program that looks again by itself and does not wait for
+    /// the descriptor: over a ring that costs no system call, and nobody has to wake it.
+    ///
+    /// # Errors
+    /// As [`Client::try_next_reply`].
+    pub fn poll_reply(&self) -> Result<Option<Reply>, Error> {
+        self.lock()?.poll_reply()
+    }
+
     /// The session, for one call.
     ///
     /// # Errors

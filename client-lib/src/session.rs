@@ -300,6 +300,16 @@ impl Session {
         if matches!(found, Err(Stop::TimedOut)) && self.link.ask_for_nudge(&mut self.books) {
             found = self.await_reply(Deadline::now());
         }
+        self.found(found)
+    }
+
+    /// The same, without asking to be told of the next one.
+    pub fn poll_reply(&mut self) -> Result<Option<Reply>, Error> {
+        let found = self.await_reply(Deadline::now());
+        self.found(found)
+    }
+
+    fn found(&self, found: Result<Reply, Stop>) -> Result<Option<Reply>, Error> {
         match found {
             Ok(reply) => Ok(Some(reply)),
             Err(Stop::TimedOut) => Ok(None),

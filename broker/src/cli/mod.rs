@@ -72,6 +72,10 @@ enum Command {
     #[command(hide = true)]
     BenchSink(bench::BenchSink),
     #[command(hide = true)]
+    BenchEcho(bench::BenchEcho),
+    #[command(hide = true)]
+    BenchSessions(bench::BenchSessions),
+    #[command(hide = true)]
     BenchPeer(bench::BenchPeer),
 }
 
@@ -107,6 +111,8 @@ impl Arguments {
             Command::Bench(bench) => bench.run(),
             Command::BenchLoad(load) => load.run(),
             Command::BenchSink(sink) => sink.run(),
+            Command::BenchEcho(echo) => echo.run(),
+            Command::BenchSessions(sessions) => sessions.run(),
             Command::BenchPeer(peer) => peer.run(),
         }
     }

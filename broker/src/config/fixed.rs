@@ -136,6 +136,22 @@ pub const BENCH_POLLS_PER_YIELD: u32 = 1_024;
 /// How much the other side of `bench ring` reads of a pipe or socket at once: all that a pipe holds.
 pub const BENCH_READ_BYTES: usize = 64 * KIB;
 
+/// `connections_max` of the upstreams of `bench requests`.
+pub const BENCH_CONNECTIONS_MAX: usize = 8;
+
+/// Their `pipeline_depth`: 256 clients find room on one of them, where they share every call.
+pub const BENCH_PIPELINE_DEPTH: usize = 256;
+
+/// Clients of a burst of `bench requests`: beyond about 10,000 a system runs out of ports that it
+/// may use again (TIME_WAIT).
+pub const BENCH_BURST_CLIENTS: u64 = 15_000;
+
+/// Events that the loops of `bench requests` take at once.
+pub const BENCH_EVENTS: usize = 256;
+
+/// Bytes of each ring of a client of `bench requests`: the least.
+pub const BENCH_SESSION_RING_BYTES: usize = 256 * KIB;
+
 /// How many sessions `bench idle` attaches.
 pub const BENCH_IDLE_SESSIONS: [usize; 3] = [0, 1_000, 10_000];
 

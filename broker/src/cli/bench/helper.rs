@@ -72,6 +72,11 @@ impl Helper {
         serde_json::from_str(&line).map_err(|error| failed(self.role, error.into()))
     }
 
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Its CPU clock.
     pub fn cpu_clock(&self) -> Result<CpuClock, CommandError> {
         CpuClock::of(&self.child)

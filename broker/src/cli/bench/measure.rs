@@ -18,7 +18,10 @@ pub enum Metric {
     PathCpuNs,
     SinkCpuNs,
     PeerCpuNs,
+    BackendCpuNs,
     MessagesPerS,
+    RequestsPerS,
+    BackendConnections,
     Delivered,
     P50Us,
     P99Us,
@@ -49,7 +52,10 @@ impl Metric {
             Metric::PathCpuNs => ("path_cpu_ns", "ns/message", "BOTH NS"),
             Metric::SinkCpuNs => ("sink_cpu_ns", "ns/message", "SINK NS"),
             Metric::PeerCpuNs => ("peer_cpu_ns", "ns/message", "PEER NS"),
+            Metric::BackendCpuNs => ("backend_cpu_ns", "ns/request", "BACKEND NS"),
             Metric::MessagesPerS => ("messages_per_s", "1/s", "MESSAGES/S"),
+            Metric::RequestsPerS => ("requests_per_s", "1/s", "REQUESTS/S"),
+            Metric::BackendConnections => ("backend_connections", "connections", "CONNS"),
             Metric::Delivered => ("delivered", "of accepted", "DELIVERED"),
             Metric::P50Us => ("p50_us", "us", "P50 US"),
             Metric::P99Us => ("p99_us", "us", "P99 US"),
@@ -68,11 +74,15 @@ impl Metric {
             | Metric::PathCpuNs
             | Metric::SinkCpuNs
             | Metric::PeerCpuNs
+            | Metric::BackendCpuNs
             | Metric::P50Us
             | Metric::P99Us
             | Metric::AddedP50Us
             | Metric::AddedP99Us => format!("{value:.1}"),
-            Metric::MessagesPerS | Metric::SessionBytes => format!("{value:.0}"),
+            Metric::MessagesPerS
+            | Metric::RequestsPerS
+            | Metric::BackendConnections
+            | Metric::SessionBytes => format!("{value:.0}"),
         }
     }
 }

@@ -2,26 +2,35 @@
 //!
 //! A user of the client library like any other program. Everything that is measured is a process of
 //! its own: the broker ([`ChildBroker`](super::child_broker::ChildBroker)), and this program again
-//! under hidden commands (`helper`) as producers (`load`), peers (`sink`) and the other end of a ring
-//! (`peer`). `stage` measures one case once, `one_way`, `ring` and `idle` choose what is measured and
-//! beside what, and `measure` makes medians, ratios and verdicts of it.
+//! under hidden commands (`helper`) as producers (`load`), peers (`sink`), clients (`sessions`), a
+//! backend (`echo`) and the other end of a ring (`peer`). `stage` and `arena` measure one case once,
+//! with `backends` and `proxies` beside it; `one_way`, `requests`, `ring` and `idle` choose what is
+//! measured and beside what, and `measure` makes medians, ratios and verdicts of it.
 
+mod arena;
+mod backends;
 mod clock;
+mod echo;
 mod helper;
 mod idle;
 mod load;
 mod measure;
 mod one_way;
 mod peer;
+mod proxies;
+mod requests;
 mod ring;
+mod sessions;
 mod sink;
 mod stage;
 
 use clap::{Args, Subcommand};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+pub use self::echo::BenchEcho;
 pub use self::load::BenchLoad;
 pub use self::peer::BenchPeer;
+pub use self::sessions::BenchSessions;
 pub use self::sink::BenchSink;
 use super::after_help;
 use super::exit::{CommandError, Exit};
@@ -41,12 +50,14 @@ pub struct Bench {
 const EXAMPLES: &str = "\
 Examples:
   poolbroker bench one-way
+  poolbroker bench requests
   poolbroker bench ring
   poolbroker bench idle --json";
 
 #[derive(Debug, Subcommand)]
 enum Which {
     OneWay(one_way::OneWay),
+    Requests(requests::Requests),
     Ring(ring::Ring),
     Idle(idle::Idle),
 }
@@ -56,6 +67,7 @@ impl Bench {
     pub fn run(&self) -> Result<Exit, CommandError> {
         match &self.bench {
             Which::OneWay(one_way) => one_way.run(),
+            Which::Requests(requests) => requests.run(),
             Which::Ring(ring) => ring.run(),
             Which::Idle(idle) => idle.run(),
         }

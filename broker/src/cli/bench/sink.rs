@@ -132,7 +132,7 @@ impl Tally {
 
 /// Counts of durations by size: 32 steps for each doubling, so a percentile is exact to 3 %.
 #[derive(Debug)]
-struct Histogram {
+pub struct Histogram {
     counts: Vec<AtomicU64>,
 }
 
@@ -146,18 +146,18 @@ impl Default for Histogram {
 }
 
 impl Histogram {
-    fn count(&self, ns: u64) {
+    pub fn count(&self, ns: u64) {
         self.counts[bucket(ns)].fetch_add(1, Relaxed);
     }
 
-    fn clear(&self) {
+    pub fn clear(&self) {
         for count in &self.counts {
             count.store(0, Relaxed);
         }
     }
 
     /// The lower bound of the step in which that percentile lies; 0 of nothing.
-    fn percentile(&self, percent: u64) -> u64 {
+    pub fn percentile(&self, percent: u64) -> u64 {
         let all: u64 = self.counts.iter().map(|count| count.load(Relaxed)).sum();
         let mut left = (all * percent).div_ceil(100);
         for (index, count) in self.counts.iter().enumerate() {
