@@ -30,6 +30,7 @@ use fixed::units::{DAY, KIB, MIB, NONE, ms, s};
 pub use fixed::*;
 pub use on_connect::{Greeting, Spell};
 
+use crate::balance::Policy;
 use crate::separator::Separator;
 
 /// Everything `serve` needs to know.
@@ -56,6 +57,8 @@ pub struct UpstreamConfig {
     pub limits: UpstreamLimits,
     /// What happens to one-way messages when its queue is full.
     pub overflow: Overflow,
+    /// How connections and requests are spread over its addresses.
+    pub balance: Policy,
     /// How small messages are joined into datagrams, if they are.
     pub coalesce: Option<Coalesce>,
     /// Whether a request may be repeated though it was sent.
@@ -483,6 +486,7 @@ impl UpstreamConfig {
             limits: UpstreamLimits::of(&url),
             url,
             overflow: Overflow::default(),
+            balance: Policy::default(),
             coalesce: None,
             is_idempotent: false,
             lends: false,
@@ -569,6 +573,7 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
         match entry.key {
             "url" => {}
             "overflow" => upstream.overflow = read_overflow(entry)?,
+            "balance" => upstream.balance = read_balance(entry)?,
             "coalesce" => upstream.coalesce = Some(read_coalesce(entry, upstream.url.protocol)?),
             "fifo" => upstream.fifo = read_fifo(entry)?,
             "idempotent" => upstream.is_idempotent = entry.flag()?,
@@ -577,7 +582,16 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
             _ => read_limit(
                 entry,
                 upstream.limits.set(entry.key, entry.value.get_ref()),
-                &["url", "overflow", "coalesce", "idempotent", "lease", "on_connect", "fifo"],
+                &[
+                    "url",
+                    "overflow",
+                    "balance",
+                    "coalesce",
+                    "idempotent",
+                    "lease",
+                    "on_connect",
+                    "fifo",
+                ],
                 UpstreamLimits::TABLE,
             )?,
         }
@@ -591,6 +605,15 @@ fn read_overflow(entry: &Entry<'_>) -> Result<Overflow, ConfigError> {
     let found = Overflow::ALL.into_iter().find(|overflow| overflow.to_string() == text);
     found.ok_or_else(|| {
         let names = Overflow::ALL.map(|overflow| overflow.to_string());
+        entry.wrong(format!("{text:?} is unknown; there are: {}", names.join(", ")))
+    })
+}
+
+fn read_balance(entry: &Entry<'_>) -> Result<Policy, ConfigError> {
+    let text = entry.text()?;
+    let found = Policy::ALL.into_iter().find(|policy| policy.to_string() == text);
+    found.ok_or_else(|| {
+        let names = Policy::ALL.map(|policy| policy.to_string());
         entry.wrong(format!("{text:?} is unknown; there are: {}", names.join(", ")))
     })
 }

@@ -31,9 +31,10 @@ use crate::config::{Config, SocketAccess};
 use crate::mailbox::{MailSender, Mailbox, mailbox};
 pub use crate::shard::Ending;
 use crate::shard::{Command, OpenFifo, Shard, ShardParts};
+use crate::timers::Time;
 use crate::transport::fifo::{FifoError, open_fifo};
 use crate::transport::{pipe, unix};
-use crate::upstream::resolve::Resolver;
+use crate::upstream::resolve::{Resolver, look_up};
 use crate::upstream::sockopt;
 
 /// Why the broker does not start.
@@ -130,7 +131,10 @@ pub fn run(
         tracing::warn!("this kernel cannot read pipes without waiting: passed pipes will fail");
     }
     let resolved = commands.clone();
-    let resolver = Resolver::start(config.broker.resolve_interval, move |upstream, addresses| {
+    let started = Instant::now();
+    let clock = move || Time::from_start(started.elapsed());
+    let interval = config.broker.resolve_interval;
+    let resolver = Resolver::start(interval, clock, look_up, move |upstream, addresses| {
         resolved.send(Command::Resolved { upstream, addresses })
     })
     .map_err(kernel("the resolver thread"))?;

@@ -48,7 +48,7 @@ use self::leases::Leases;
 pub use self::leases::Lend;
 use self::one_way::Lane;
 use self::places::Places;
-use crate::balance::{Balance, BalanceLimits, Breaker};
+use crate::balance::{Balance, BalanceLimits, Breaker, Health, Policy};
 use crate::coalesce::Coalescer;
 use crate::config::LIFETIME_JITTER_PERCENT;
 use crate::config::UpstreamLimits;
@@ -346,6 +346,8 @@ pub struct PoolSettings {
     pub protocol: Protocol,
     /// The limits.
     pub limits: UpstreamLimits,
+    /// How connections and requests are spread over the addresses.
+    pub policy: Policy,
     /// Why requests are refused, if they are.
     pub requests_refused: Option<Reason>,
     /// Why leases are refused, if they are.
@@ -410,6 +412,7 @@ impl Pool {
     pub fn new(settings: PoolSettings) -> Self {
         let limits = &settings.limits;
         let balance_limits = BalanceLimits {
+            policy: settings.policy,
             breaker_failures: limits.breaker_failures,
             backoff_base: limits.backoff_base,
             backoff_max: limits.backoff_max,
@@ -468,9 +471,9 @@ impl Pool {
         self.conns.get(conn)
     }
 
-    /// The addresses connections go to.
-    pub fn addresses(&self) -> &[SocketAddr] {
-        self.balance.addresses()
+    /// How the addresses fare that connections go to.
+    pub fn health(&self) -> impl Iterator<Item = Health> {
+        self.balance.health()
     }
 
     /// Where the breaker stands: closed while any connection is up.
@@ -587,7 +590,7 @@ impl Pool {
         let wait = now + self.settings.limits.wait_timeout;
         let deadline = earliest(wait, caller_deadline);
         self.retry_budget.handle_request();
-        if let Some(conn) = self.select() {
+        if let Some(conn) = self.select(now, owner) {
             let request = self.in_flight.insert(owner, now, caller_deadline, deadline);
             if let Some(tag) = self.grant(now, request, conn) {
                 // In order also with what is still to be carried out.
@@ -728,17 +731,20 @@ impl Pool {
 
     /// The upstream's name was resolved, or not (no addresses).
     pub fn handle_resolved(&mut self, now: Time, addresses: Vec<SocketAddr>) {
-        self.balance.handle_resolved(addresses);
+        for remote in self.balance.handle_resolved(addresses) {
+            self.leave_address(now, remote);
+        }
         self.fail_waiters_if_down(now);
         self.want_connections(now);
     }
 
     /// A connection is up.
     pub fn handle_connected(&mut self, now: Time, conn: ConnId) {
-        if self.conns.get(conn).is_none_or(|record| record.state != State::Connecting) {
+        let Some(record) = self.conns.get(conn).filter(|r| r.state == State::Connecting) else {
             return;
-        }
-        self.balance.handle_connected();
+        };
+        let (remote, role) = (record.remote, record.role);
+        self.balance.handle_connected(remote);
         self.opened += 1;
         let lifetime = self.settings.limits.lifetime;
         let expires_at = (!lifetime.is_zero())
@@ -747,22 +753,27 @@ impl Pool {
             return;
         };
         record.expires_at = expires_at;
-        match record.role {
+        match role {
             Role::Exchange => self.free(now, conn),
             Role::OneWay { lane } => {
                 self.move_to(conn, State::Idle { since: now });
                 self.use_one_way(lane, conn);
             }
         }
-        if self.settings.protocol != Protocol::Tcp {
-            self.balance.handle_useful();
+        // A datagram socket is up whoever is there. What is sent one-way brings no better news, and
+        // with one address there is no better choice.
+        let is_proof = role != Role::Exchange || self.balance.health().count() == 1;
+        if self.settings.protocol != Protocol::Tcp && is_proof {
+            self.balance.handle_useful(remote);
         }
         self.want_connections(now);
     }
 
     /// A connection could not be opened.
     pub fn handle_connect_failed(&mut self, now: Time, conn: ConnId, reason: Reason) {
-        self.balance.handle_failure(now, reason);
+        if let Some(record) = self.conns.get(conn) {
+            self.balance.handle_failure(now, record.remote, reason);
+        }
         self.close(conn, reason);
         self.fail_waiters_if_down(now);
         self.want_connections(now);
@@ -780,19 +791,20 @@ impl Pool {
         let slot = self.in_flight.take(conn, tag)?;
         let owner = self.awaiting(&slot);
         if let Some(record) = self.conns.get_mut(conn) {
+            self.balance.handle_useful(record.remote);
             record.messages_in += u64::from(owner.is_some());
             record.replies_discarded += u64::from(owner.is_none());
         }
         if let Some(request) = slot.request {
             if is_deliverable {
                 self.in_flight.remove(request, None);
+                self.count_request_end(conn);
                 self.counts.end(RequestEnd::Replied);
             } else {
                 let end = RequestEnd::Failed(Reason::ReplyUndeliverable);
                 self.fail(now, request, end, Left::Something);
             }
         }
-        self.balance.handle_useful();
         self.free(now, conn);
         // What waited for the backoff to pass need not wait any more.
         self.want_connections(now);
@@ -818,6 +830,7 @@ impl Pool {
             return;
         };
         let (opened_at, role, messages_in) = (record.opened_at, record.role, record.messages_in);
+        let remote = record.remote;
         match record.state {
             State::Closing { .. } => return,
             State::Draining { reason, .. } => {
@@ -837,9 +850,9 @@ impl Pool {
             Role::OneWay { .. } => short_lived,
         };
         if useless {
-            self.balance.handle_failure(now, reason);
+            self.balance.handle_failure(now, remote, reason);
         } else {
-            self.balance.handle_useful();
+            self.balance.handle_useful(remote);
         }
         self.give_back(now, conn, reason, begun);
         if reason == Reason::Unsolicited && self.settings.protocol == Protocol::Udp {
@@ -930,6 +943,8 @@ impl Pool {
                 }
                 Timer::Retry => {
                     self.retry_scheduled_at = None;
+                    // An ejected address may be tried by a connection that is there.
+                    self.serve_waiters(now);
                     self.want_connections(now);
                 }
             }

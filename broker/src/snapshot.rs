@@ -40,8 +40,10 @@ pub struct UpstreamSnapshot {
     pub name: String,
     /// The protocol type.
     pub protocol: &'static str,
-    /// What its host was resolved to.
+    /// What its hosts were resolved to.
     pub addresses: Vec<String>,
+    /// How each of those fares.
+    pub address_health: Vec<AddressSnapshot>,
     /// How replies to one-way messages are discarded.
     pub discard: &'static str,
     /// Replies that were discarded.
@@ -94,6 +96,23 @@ pub struct UpstreamSnapshot {
     pub connections_opened: u64,
     /// Closed so far.
     pub connections_closed: ByReason,
+}
+
+/// One address of an upstream.
+#[derive(Debug, Serialize)]
+pub struct AddressSnapshot {
+    /// With its port.
+    pub address: String,
+    /// `closed`, `open` or `half-open`.
+    pub breaker: &'static str,
+    /// Requests on its connections.
+    pub outstanding: usize,
+    /// Connections to it that are up or under way.
+    pub connections: usize,
+    /// Failures in a row.
+    pub failures: u32,
+    /// Why the last one happened, while there are any.
+    pub last_failure: Option<&'static str>,
 }
 
 /// The leases of one upstream: `asked = granted + refused + waiting` and

@@ -256,8 +256,12 @@ pub const RECEIVE_BYTES: usize = 64 * KIB;
 /// How many receive buffers are kept for reuse; more are freed.
 pub const SPARES_MAX: usize = 16;
 
-/// More addresses of one name than this are left out.
-pub const ADDRESSES_MAX: usize = 16;
+/// More addresses of one upstream than this are left out: as many as its URL can name.
+pub const ADDRESSES_MAX: usize = 64;
+
+/// Requests in a row that time out before their address is ejected, whatever `breaker_failures`
+/// says: one may be slow by itself.
+pub const TIMEOUTS_TO_EJECT_MIN: u32 = 2;
 
 /// Names that may wait for the thread at once.
 pub const RESOLVER_QUEUE_MAX: usize = 4_096;

@@ -1,12 +1,16 @@
 //! Requests and the connections they are on: granting, freeing, waiting, ending.
 
+use std::net::SocketAddr;
+
 use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
+use slotmap::Key;
 
 use super::{Acquire, Action, Left, Pool, State, Timer, earliest};
+use crate::balance::Choice;
 use crate::config::{RETRIES_KEPT, RETRIES_MAX};
 use crate::ids::{ConnId, RequestId};
-use crate::inflight::{Matching, Place, Slot, Tag, Times};
+use crate::inflight::{Matching, Owner, Place, Slot, Tag, Times};
 use crate::stats::RequestEnd;
 use crate::timers::Time;
 
@@ -37,6 +41,11 @@ impl RetryBudget {
     }
 }
 
+/// The session, as the balance knows it.
+pub(super) fn key(owner: Owner) -> u64 {
+    owner.source.data().as_ffi()
+}
+
 impl Pool {
     pub(super) fn refuse(&mut self, reason: Reason) -> Acquire {
         self.counts.end(RequestEnd::Refused(reason));
@@ -48,9 +57,21 @@ impl Pool {
         self.settings.matching == Matching::InOrder && self.settings.limits.pipeline_depth == 1
     }
 
-    /// A connection for a request now.
-    pub(super) fn select(&mut self) -> Option<ConnId> {
-        self.idle.pop().or_else(|| self.with_room.front().copied())
+    /// A connection for a request of this owner now: an idle one, the last used first, or one in use
+    /// that has room.
+    pub(super) fn select(&mut self, now: Time, owner: Owner) -> Option<ConnId> {
+        let Pool { balance, idle, with_room, conns, .. } = self;
+        balance.choose(now, Some(key(owner)), |choice| match choice {
+            Choice::Any => idle.pop().or_else(|| with_room.front().copied()),
+            Choice::To(remote) => {
+                let goes_there =
+                    |conn: &ConnId| conns.get(*conn).is_some_and(|c| c.remote == remote);
+                match idle.iter().rposition(goes_there) {
+                    Some(at) => Some(idle.remove(at)),
+                    None => with_room.iter().copied().find(goes_there),
+                }
+            }
+        })
     }
 
     pub(super) fn grant(&mut self, now: Time, request: RequestId, conn: ConnId) -> Option<Tag> {
@@ -67,6 +88,7 @@ impl Pool {
         let record = self.conns.get_mut(conn)?;
         record.uses += 1;
         record.messages_out += 1;
+        self.balance.handle_dispatched(record.remote);
         if record.state == State::InUse {
             self.schedule_conn(conn);
         } else {
@@ -120,7 +142,9 @@ impl Pool {
         let somebody_waits = !self.waiters.is_empty() || self.lease_waiters() > 0;
         let has_turn = record.uses == 0 && somebody_waits;
         let is_expired = record.expires_at.is_some_and(|at| at <= now);
-        if is_expired {
+        if !self.balance.has(record.remote) {
+            self.retire(conn, Reason::AddressGone);
+        } else if is_expired {
             self.retire(conn, Reason::Lifetime);
         } else if !has_turn && self.lanes_lack_places() {
             self.retire(conn, Reason::MakeRoom);
@@ -142,8 +166,9 @@ impl Pool {
         if self.lends_next(conn) && self.lend_to_waiter(now, conn) {
             return;
         }
-        let is_lent = self.conns.get(conn).is_some_and(|record| record.lent_to.is_some());
-        if !is_lent && let Some(request) = self.next_waiter(now) {
+        let Some(record) = self.conns.get(conn) else { return };
+        let (is_lent, remote) = (record.lent_to.is_some(), record.remote);
+        if !is_lent && let Some(request) = self.next_waiter(now, remote) {
             if let Some(tag) = self.grant(now, request, conn) {
                 self.actions.push_back(Action::Dispatch { conn, request, tag });
             }
@@ -154,7 +179,8 @@ impl Pool {
         if self.lend_to_waiter(now, conn) {
             return;
         }
-        if self.closing_down {
+        // Another one, for those who wait for another address, would only come after it.
+        if self.closing_down && self.waiters.is_empty() {
             return self.close(conn, Reason::Drained);
         }
         self.rest(now, conn);
@@ -180,34 +206,52 @@ impl Pool {
     }
 
     pub(super) fn serve_waiters(&mut self, now: Time) {
-        while !self.waiters.is_empty()
-            && let Some(conn) = self.select()
+        let mut passed_over = 0;
+        while !(self.idle.is_empty() && self.with_room.is_empty())
+            && let Some(request) = self.waiters.get(passed_over).copied()
+            && let Some(entry) = self.in_flight.get(request)
         {
-            let Some(request) = self.next_waiter(now) else {
-                // All of them had given up.
-                if matches!(self.conns.get(conn).map(|c| c.state), Some(State::Idle { .. })) {
-                    self.idle.push(conn);
-                    self.serve_lease_waiters(now);
+            let owner = entry.owner;
+            if entry.caller_deadline.is_some_and(|deadline| deadline <= now) {
+                self.end_request(now, request, RequestEnd::TimedOut);
+            } else if let Some(conn) = self.select(now, owner) {
+                self.waiters.remove(passed_over);
+                if let Some(tag) = self.grant(now, request, conn) {
+                    self.actions.push_back(Action::Dispatch { conn, request, tag });
                 }
-                return;
-            };
-            if let Some(tag) = self.grant(now, request, conn) {
-                self.actions.push_back(Action::Dispatch { conn, request, tag });
+            } else {
+                // What is free goes to an address that is not for its session.
+                passed_over += 1;
             }
+        }
+        if !self.idle.is_empty() {
+            self.serve_lease_waiters(now);
         }
     }
 
-    /// Takes the first waiter whose caller still waits: timers run after events, and what nobody
-    /// wants any more is not sent.
-    fn next_waiter(&mut self, now: Time) -> Option<RequestId> {
-        while let Some(request) = self.waiters.pop_front() {
-            let deadline = self.in_flight.get(request)?.caller_deadline;
-            if deadline.is_none_or(|deadline| deadline > now) {
+    /// Takes the first waiter that a connection to `remote` may serve and whose caller still waits:
+    /// timers run after events, and what nobody wants any more is not sent.
+    fn next_waiter(&mut self, now: Time, remote: SocketAddr) -> Option<RequestId> {
+        let mut passed_over = 0;
+        while let Some(request) = self.waiters.get(passed_over).copied() {
+            let entry = self.in_flight.get(request)?;
+            if entry.caller_deadline.is_some_and(|deadline| deadline <= now) {
+                self.end_request(now, request, RequestEnd::TimedOut);
+            } else if self.balance.may_serve(now, Some(key(entry.owner)), remote) {
+                self.waiters.remove(passed_over);
                 return Some(request);
+            } else {
+                passed_over += 1;
             }
-            self.end_request(now, request, RequestEnd::TimedOut);
         }
         None
+    }
+
+    /// A request has left its connection.
+    pub(super) fn count_request_end(&mut self, conn: ConnId) {
+        if let Some(record) = self.conns.get(conn) {
+            self.balance.handle_request_end(record.remote);
+        }
     }
 
     /// What becomes of the requests of a connection that was lost, of which the first `begun` left
@@ -231,6 +275,7 @@ impl Pool {
             }
         }
         for (request, is_begun) in again.into_iter().rev() {
+            self.count_request_end(conn);
             self.wait_again(request, is_begun);
         }
     }
@@ -279,6 +324,11 @@ impl Pool {
             }
             Place::On { conn, tag } => {
                 self.fail(now, request, end, Left::SeeSlot { conn, tag });
+                if let Some(record) = self.conns.get(conn)
+                    && end == RequestEnd::TimedOut
+                {
+                    self.balance.handle_request_timeout(now, record.remote);
+                }
                 let reason = match end {
                     RequestEnd::TimedOut => Reason::RequestTimeout,
                     RequestEnd::Failed(reason) | RequestEnd::Refused(reason) => reason,
@@ -310,6 +360,9 @@ impl Pool {
         let Some(entry) = self.in_flight.remove(request, hopeless_at) else {
             return;
         };
+        if let Place::On { conn, .. } = entry.place {
+            self.count_request_end(conn);
+        }
         self.counts.end(end);
         self.actions.push_back(Action::Fail { request, owner: entry.owner, end, left });
     }

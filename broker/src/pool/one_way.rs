@@ -71,6 +71,8 @@ impl Pool {
             self.finish_one_way(now, conn, Reason::Drained);
         } else if record.expires_at.is_some_and(|at| at <= now) {
             self.finish_one_way(now, conn, Reason::Lifetime);
+        } else if !self.balance.has(record.remote) {
+            self.finish_one_way(now, conn, Reason::AddressGone);
         } else if record.state == State::InUse {
             self.move_to(conn, State::Idle { since: now });
             self.want_connections(now);

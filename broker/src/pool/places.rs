@@ -3,9 +3,12 @@
 //! [`Pool::move_to`] is the only way from one state to another, and keeps the counts that the
 //! limits are checked against.
 
+use std::net::SocketAddr;
+
 use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
 
+use super::exchange::key;
 use super::{Action, Conn, Pool, Role, State, Timer};
 use crate::balance::Pick;
 use crate::ids::ConnId;
@@ -57,7 +60,9 @@ impl Pool {
         loop {
             let places = self.places;
             let for_requests = self.waiters.len().div_ceil(self.settings.limits.pipeline_depth);
-            let for_waiters = for_requests + self.lease_waiters() > places.connecting_exchange;
+            let doubtful = self.balance.doubtful_connects();
+            let expected = places.connecting_exchange.saturating_sub(doubtful);
+            let for_waiters = for_requests + self.lease_waiters() > expected;
             let warm = keeps_warm && places.exchange < connections_min;
             let reserved = self.wanting_lanes();
             if !(for_waiters || warm)
@@ -82,12 +87,31 @@ impl Pool {
                     && let Some(conn) = self.resting_one_way()
                 {
                     self.finish_one_way(now, conn, Reason::MakeRoom);
+                } else if for_waiters
+                    && let Some(conn) = self.idle.first().copied()
+                    && let Some(State::Idle { since }) = self.conns.get(conn).map(|c| c.state)
+                {
+                    // It goes to an address that no waiter may use now. Not at once: what is opened
+                    // instead may turn out to be no better.
+                    let at = since + self.settings.limits.backoff_base;
+                    match at <= now {
+                        true => self.close(conn, Reason::MakeRoom),
+                        false => self.look_again(at),
+                    }
                 }
                 return;
             }
             if !self.connect(now, Role::Exchange) {
                 return;
             }
+        }
+    }
+
+    /// Looks then, at the latest, for what can be opened or used.
+    fn look_again(&mut self, at: Time) {
+        if self.retry_scheduled_at.is_none_or(|scheduled| scheduled > at) {
+            self.retry_scheduled_at = Some(at);
+            self.deadlines.insert(at, Timer::Retry);
         }
     }
 
@@ -106,13 +130,12 @@ impl Pool {
         if self.places.connecting >= self.settings.limits.connecting_max {
             return false;
         }
-        let remote = match self.balance.pick(now) {
+        let first = self.waiters.front().filter(|_| role == Role::Exchange);
+        let owner = first.and_then(|first| self.in_flight.get(*first)).map(|entry| entry.owner);
+        let remote = match self.balance.pick(now, owner.map(key)) {
             Pick::Address(remote) => remote,
             Pick::NotBefore(at) => {
-                if self.retry_scheduled_at.is_none_or(|scheduled| scheduled > at) {
-                    self.retry_scheduled_at = Some(at);
-                    self.deadlines.insert(at, Timer::Retry);
-                }
+                self.look_again(at);
                 return false;
             }
             Pick::Probing | Pick::Unresolved => return false,
@@ -148,7 +171,8 @@ impl Pool {
         let Some(record) = self.conns.get_mut(conn) else {
             return;
         };
-        let (role, before) = (record.role, std::mem::replace(&mut record.state, state));
+        let (role, remote) = (record.role, record.remote);
+        let before = std::mem::replace(&mut record.state, state);
         let is_listed = record.is_listed;
         self.count(role, before, -1);
         self.count(role, state, 1);
@@ -169,6 +193,7 @@ impl Pool {
             if is_listed {
                 self.with_room.retain(|listed| *listed != conn);
             }
+            self.leave(remote, before);
         }
         self.schedule_conn(conn);
     }
@@ -176,16 +201,46 @@ impl Pool {
     pub(super) fn close(&mut self, conn: ConnId, reason: Reason) {
         let closing = match self.conns.get(conn).map(|record| record.state) {
             None | Some(State::Closing { .. }) => return,
-            Some(State::Connecting) => {
-                self.balance.handle_abandoned();
-                State::Closing { reason }
-            }
             Some(
-                State::Idle { .. } | State::InUse | State::Leased { .. } | State::Draining { .. },
+                State::Connecting
+                | State::Idle { .. }
+                | State::InUse
+                | State::Leased { .. }
+                | State::Draining { .. },
             ) => State::Closing { reason },
         };
         self.move_to(conn, closing);
         self.actions.push_back(Action::Close { conn, reason });
+    }
+
+    /// A connection in this state goes on to one that takes nothing new.
+    fn leave(&mut self, remote: SocketAddr, before: State) {
+        match before {
+            State::Connecting => self.balance.handle_abandoned(remote),
+            State::Idle { .. } | State::InUse | State::Leased { .. } => {
+                self.balance.handle_ended(remote);
+            }
+            State::Draining { .. } | State::Closing { .. } => {}
+        }
+    }
+
+    /// Ends the connections to an address in order: those that carry something when it is done.
+    pub(super) fn leave_address(&mut self, now: Time, remote: SocketAddr) {
+        let conns = self.conns.iter().filter(|(_, record)| record.remote == remote);
+        let conns: Vec<_> = conns.map(|(conn, r)| (conn, r.role, r.state)).collect();
+        for (conn, role, state) in conns {
+            match (state, role) {
+                (State::Connecting | State::Idle { .. }, Role::Exchange) => {
+                    self.close(conn, Reason::AddressGone);
+                }
+                (State::Connecting | State::Idle { .. }, Role::OneWay { .. }) => {
+                    self.finish_one_way(now, conn, Reason::AddressGone);
+                }
+                (State::InUse, Role::Exchange) => self.retire(conn, Reason::AddressGone),
+                (State::InUse, Role::OneWay { .. }) => {}
+                (State::Leased { .. } | State::Draining { .. } | State::Closing { .. }, _) => {}
+            }
+        }
     }
 
     pub(super) fn forget(&mut self, conn: ConnId, reason: Reason) {
@@ -193,6 +248,7 @@ impl Pool {
             return;
         };
         self.count(record.role, record.state, -1);
+        self.leave(record.remote, record.state);
         if let Some(at) = record.scheduled_at {
             self.deadlines.remove(at, Timer::Conn(conn));
         }
@@ -289,8 +345,9 @@ impl Pool {
                         self.settings.protocol == Protocol::UdpWriteOnly && lane < warm
                     }
                 };
-                if kept_warm && !expired {
-                    // Idle counts anew: it is kept on purpose.
+                if kept_warm && !expired && self.waiters.is_empty() {
+                    // Idle counts anew: it is kept on purpose. Whoever waits beside it needs its
+                    // place for another address.
                     if let Some(record) = self.conns.get_mut(conn) {
                         record.state = State::Idle { since: now };
                     }

@@ -295,16 +295,17 @@ impl Shard {
     fn locate_upstreams(&mut self) {
         for (index, upstream) in self.upstreams.iter_mut().enumerate() {
             let url = &upstream.config.url;
-            if let [HostPort { host: Host::Name(name), port }] = &url.hosts[..] {
-                self.resolver.watch(index, name, *port);
-                continue;
+            let (mut names, mut fixed) = (Vec::new(), Vec::new());
+            for HostPort { host, port } in &url.hosts {
+                match host {
+                    Host::Ip(address) => fixed.push((*address, *port).into()),
+                    Host::Name(name) => names.push((name.clone(), *port)),
+                }
             }
-            let addresses = url.hosts.iter().filter_map(|at| match &at.host {
-                Host::Ip(address) => Some((*address, at.port).into()),
-                Host::Name(_) => None,
-            });
-            let addresses = addresses.collect();
-            upstream.pool.handle_resolved(self.now, addresses);
+            match names.is_empty() {
+                true => upstream.pool.handle_resolved(self.now, fixed),
+                false => self.resolver.watch(index, names, fixed),
+            }
         }
     }
 

@@ -23,6 +23,7 @@ use self::exchange::{Body, Exchange};
 use self::one_way::Wire;
 use super::Target;
 use super::sources::Sources;
+use crate::balance::Health;
 use crate::buffer::{ReceiveBuffer, SendBuffer, Spares};
 use crate::coalesce::Coalescer;
 use crate::config::{BrokerLimits, Overflow, UpstreamConfig};
@@ -31,7 +32,9 @@ use crate::ids::{ConnId, LeaseId, RequestId, SourceId};
 use crate::inflight::{Matching, Owner};
 use crate::poller::{Poller, Readiness, Token};
 use crate::pool::{Action, Conn, Pool, PoolSettings, Role};
-use crate::snapshot::{ConnectionSnapshot, LeaseSnapshot, UpstreamSnapshot, by_reason};
+use crate::snapshot::{
+    AddressSnapshot, ConnectionSnapshot, LeaseSnapshot, UpstreamSnapshot, by_reason,
+};
 use crate::stats::RequestEnd;
 use crate::timers::Time;
 use crate::upstream::udp::{self, Discard};
@@ -173,6 +176,7 @@ impl Upstream {
         let settings = PoolSettings {
             protocol,
             limits,
+            policy: config.balance,
             requests_refused,
             leases_refused: (!config.lends).then_some(Reason::NotAllowed),
             matching,
@@ -439,11 +443,20 @@ impl Upstream {
                 session: holder,
             }
         };
+        let address = |health: Health| AddressSnapshot {
+            address: health.remote.to_string(),
+            breaker: health.breaker.name(),
+            outstanding: health.outstanding,
+            connections: health.conns,
+            failures: health.failures,
+            last_failure: health.last_failure.map(Reason::name),
+        };
         let maxwait = pool.oldest_waiter().map_or(Duration::ZERO, |since| now.since(since));
         UpstreamSnapshot {
             name: self.config.name.clone(),
             protocol: self.config.url.protocol.scheme(),
-            addresses: pool.addresses().iter().map(ToString::to_string).collect(),
+            addresses: pool.health().map(|health| health.remote.to_string()).collect(),
+            address_health: pool.health().map(address).collect(),
             discard: discard.name(),
             replies_discarded: pool.replies_discarded(),
             breaker: pool.breaker().name(),

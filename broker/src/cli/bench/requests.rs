@@ -276,7 +276,8 @@ impl Course {
     }
 
     fn note(&mut self, case: &str, run: &Run, beside: Option<(&'static str, &Run)>) {
-        let figures: [(Metric, fn(&Run) -> f64); 7] = [
+        type Reading = fn(&Run) -> f64;
+        let figures: [(Metric, Reading); 7] = [
             (Metric::RequestsPerS, |run| {
                 run.asked.requests as f64 / (run.asked.elapsed_ns as f64 / 1e9)
             }),

@@ -47,6 +47,8 @@ pub struct Socket {
 pub struct World {
     pub pool: Pool,
     pub now: Time,
+    /// How many addresses there are.
+    pub addresses: u16,
     /// Whether UDP sockets can be opened; a TCP connect ends when a test says so.
     pub opens_sockets: bool,
     /// Bytes that are not acknowledged when a connection ends, if that many were written.
@@ -83,7 +85,7 @@ impl World {
         limits: UpstreamLimits,
         coalescer: Option<Coalescer>,
     ) -> Self {
-        World::matching(protocol, limits, coalescer, Matching::InOrder, false)
+        World::matching(protocol, limits, coalescer, Matching::InOrder, false, Policy::RoundRobin)
     }
 
     pub fn matching(
@@ -92,6 +94,7 @@ impl World {
         coalescer: Option<Coalescer>,
         matching: Matching,
         is_idempotent: bool,
+        policy: Policy,
     ) -> Self {
         let is_write_only = protocol == Protocol::UdpWriteOnly;
         let requests_refused = is_write_only.then_some(Reason::WriteOnly);
@@ -100,6 +103,7 @@ impl World {
         let settings = PoolSettings {
             protocol,
             limits,
+            policy,
             requests_refused,
             leases_refused: None,
             matching,
@@ -110,6 +114,7 @@ impl World {
         let mut world = World {
             pool: Pool::new(settings),
             now: Time::default() + ms(1_000),
+            addresses: 1,
             opens_sockets: true,
             unacknowledged_max: 0,
             sockets: BTreeMap::new(),
@@ -137,7 +142,12 @@ impl World {
     }
 
     pub fn resolve(&mut self) {
-        self.pool.handle_resolved(self.now, vec![([127, 0, 0, 1], 1).into()]);
+        self.resolve_to(self.addresses);
+    }
+
+    pub fn resolve_to(&mut self, count: u16) {
+        let addresses = (1..=count).map(|port| ([127, 0, 0, 1], port).into());
+        self.pool.handle_resolved(self.now, addresses.collect());
         self.carry_out();
     }
 
@@ -605,6 +615,10 @@ impl World {
         self.check_places();
         self.check_deadlines();
         self.pool.want_connections(self.now);
+        // Among several addresses one may have become the better choice meanwhile.
+        if self.addresses > 1 {
+            return self.carry_out();
+        }
         assert_eq!(self.pool.poll_action(), None, "what could be begun was begun before");
     }
 
@@ -664,7 +678,12 @@ impl World {
         };
         assert_eq!(listed, pool.conns().filter(has_room).map(|(conn, _)| conn).collect());
         assert_eq!(listed.len(), pool.with_room.len());
-        assert!(listed.is_empty() || pool.waiters() == 0, "waiting beside one with room");
+        // With several, what is free may go to an address that is not for those who wait.
+        let has_choice = self.addresses > 1;
+        assert!(
+            has_choice || listed.is_empty() || pool.waiters() == 0,
+            "waiting beside one with room"
+        );
         let held = pool.conns().filter(|(_, c)| matches!(c.state, State::Leased { .. })).count();
         assert_eq!((held, pool.leases_held()), (self.lent.len(), self.lent.len()));
         assert_eq!(self.wishes.len(), pool.lease_waiters());
@@ -691,13 +710,16 @@ impl World {
         let idle: BTreeSet<_> = rests(false).collect();
         assert!(idle.is_empty() || pool.lease_waiters() == 0, "waiting beside an idle one");
         assert_eq!(idle, pool.idle.iter().copied().collect());
-        assert!(idle.is_empty() || pool.waiters() == 0, "waiting beside an idle one");
+        assert!(has_choice || idle.is_empty() || pool.waiters() == 0, "waiting beside an idle one");
+        let outstanding: usize = pool.health().map(|health| health.outstanding).sum();
+        let on_conns = self.asked.values().filter(|(_, on)| on.is_some()).count();
+        assert!(outstanding <= on_conns, "{outstanding} of {on_conns}");
         for (index, lane) in pool.lanes.iter().enumerate() {
             let conn = lane.conn.and_then(|conn| pool.conn(conn));
             assert!(conn.is_none_or(|conn| conn.role == Role::OneWay { lane: index }));
             let (rests, sends) = (conn.is_some_and(is_idle), pool.sending_conn(index).is_some());
             assert!(if lane.outbox.is_empty() { !sends } else { !rests });
-            assert!(!pool.closing_down || (idle.is_empty() && !rests));
+            assert!(!pool.closing_down || ((has_choice || idle.is_empty()) && !rests));
             let of_lane = pool.conns().filter(|(_, conn)| conn.role.lane() == Some(index));
             assert_eq!(of_lane.count(), lane.ending + usize::from(lane.conn.is_some()));
             assert!(lane.ending == 0 || lane.conn.is_none(), "one after the other");
@@ -875,7 +897,7 @@ impl World {
             }
             Deed::Write => self.refuse_datagram(index % self.unsent.len()),
             Deed::Jump => self.jump(ms(amount as u64 / 4)),
-            Deed::Resolve if goes_well => self.resolve(),
+            Deed::Resolve if goes_well => self.resolve_to(1 + amount as u16 % self.addresses),
             Deed::Resolve => self.pool.handle_resolved(self.now, vec![]),
             Deed::OpenSocket => self.opens_sockets = goes_well,
             Deed::CloseDown | Deed::Abandon if goes_well => {}
@@ -931,27 +953,39 @@ prop_compose! {
 /// An upstream of some protocol type, which packs its datagrams or not.
 fn any_world(waits: &'static [u64]) -> impl Strategy<Value = World> {
     let packing = (0usize..=1, 5usize..30, 0u64..10, any::<bool>());
-    let matching = (any::<bool>(), any::<bool>(), 0u32..3);
+    let addresses = (prop_oneof![3 => Just(1u16), 2 => 2u16..4], select(&Policy::ALL[..]));
+    let matching = (any::<bool>(), any::<bool>(), 0u32..3, addresses);
     let upstream = (select(PROTOCOLS), packing, matching).prop_flat_map(
         move |(protocol, packing, matching)| {
             (Just(protocol), any_limits(protocol, waits), Just(packing), Just(matching))
         },
     );
-    upstream.prop_map(|(protocol, mut limits, packing, (has_ids, is_idempotent, resends))| {
-        let (separator_bytes, max_bytes, delay, packs) = packing;
-        let coalescer = Coalescer::new(max_bytes, ms(delay), separator_bytes);
-        let packs = packs && protocol != Protocol::Tcp;
-        let has_ids = has_ids && protocol != Protocol::UdpWriteOnly;
-        if has_ids {
-            limits.pipeline_depth = 4;
-        }
-        if protocol == Protocol::Udp {
-            (limits.retransmits, limits.retransmit_interval) = (resends, ms(3));
-        }
-        let matching = if has_ids { Matching::ById { ids: 16 } } else { Matching::InOrder };
-        let coalescer = packs.then_some(coalescer);
-        World::matching(protocol, limits, coalescer, matching, is_idempotent)
-    })
+    upstream.prop_map(
+        |(
+            protocol,
+            mut limits,
+            packing,
+            (has_ids, is_idempotent, resends, (addresses, policy)),
+        )| {
+            let (separator_bytes, max_bytes, delay, packs) = packing;
+            let coalescer = Coalescer::new(max_bytes, ms(delay), separator_bytes);
+            let packs = packs && protocol != Protocol::Tcp;
+            let has_ids = has_ids && protocol != Protocol::UdpWriteOnly;
+            if has_ids {
+                limits.pipeline_depth = 4;
+            }
+            if protocol == Protocol::Udp {
+                (limits.retransmits, limits.retransmit_interval) = (resends, ms(3));
+            }
+            let matching = if has_ids { Matching::ById { ids: 16 } } else { Matching::InOrder };
+            let coalescer = packs.then_some(coalescer);
+            let mut world =
+                World::matching(protocol, limits, coalescer, matching, is_idempotent, policy);
+            world.addresses = addresses;
+            world.resolve();
+            world
+        },
+    )
 }
 
 proptest! {
