@@ -700,7 +700,7 @@ impl Pool {
         for conn in unused.map(|(conn, _)| conn).collect::<Vec<_>>() {
             self.close(conn, Reason::Drained);
         }
-        self.let_leases_go();
+        self.stop_lending();
         for lane in 0..self.lanes.len() {
             if let Lane { conn: Some(conn), outbox, .. } = &self.lanes[lane]
                 && outbox.is_empty()

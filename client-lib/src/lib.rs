@@ -32,6 +32,7 @@
 //! |---|---|
 //! | `client` | [`Client`]: a session with a broker |
 //! | `upstream` | [`Upstream`]: what an application does with one upstream |
+//! | `lease` | [`Lease`]: a connection that was borrowed |
 //! | `attached` | [`Attached`]: a pipe or socketpair that the broker reads |
 //! | `reply` | [`Reply`] and [`CorrelationId`]: requests in flight |
 //! | `deadline` | [`Deadline`] |
@@ -58,6 +59,7 @@ mod fake_broker;
 #[cfg(test)]
 mod fake_ring;
 mod inbox;
+mod lease;
 mod link;
 mod reply;
 mod ring;
@@ -75,6 +77,7 @@ pub use attached::{Attached, Detached};
 pub use client::Client;
 pub use deadline::Deadline;
 pub use error::Error;
+pub use lease::Lease;
 pub use poolbroker_proto::address::Protocol;
 pub use poolbroker_proto::message::{Failure, Outcomes, Retry};
 pub use poolbroker_proto::reason::Reason;

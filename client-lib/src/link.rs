@@ -12,6 +12,7 @@ use crate::batch::Batch;
 use crate::deadline::Deadline;
 use crate::inbox::Inbox;
 use crate::ring_link::RingLink;
+use crate::stream::FrameStream;
 use crate::stream_link::StreamLink;
 use crate::tally::Tallies;
 
@@ -101,6 +102,14 @@ impl Link {
         match self {
             Link::Stream(stream) => stream.offer(&mut books.inbox, frame),
             Link::Ring(ring) => ring.offer(books, frame),
+        }
+    }
+
+    /// The socket to the broker, by which descriptors come.
+    pub fn stream(&mut self) -> &mut FrameStream {
+        match self {
+            Link::Stream(stream) => stream.stream(),
+            Link::Ring(ring) => ring.stream(),
         }
     }
 

@@ -224,6 +224,11 @@ impl RingLink {
     /// Waits for news until `deadline`; returns also for none.
     pub fn wait(&mut self, books: &mut Books, deadline: Deadline) -> Result<(), Stop> {
         match &self.broker {
+            Broker::Serving if self.stream.wants_descriptors() => {
+                let ready = self.stream.wait(false, deadline).map_err(Stop::Io)?;
+                self.look(&mut books.inbox);
+                if ready.readable { Ok(()) } else { Err(Stop::TimedOut) }
+            }
             Broker::Serving => self.wait_for_records(books, deadline),
             // The next look at the frames makes it `Lost`.
             Broker::Ended => Ok(()),
@@ -281,6 +286,11 @@ impl RingLink {
         };
         self.lose(books, &ended);
         true
+    }
+
+    /// The socket beside the ring, by which descriptors come.
+    pub fn stream(&mut self) -> &mut FrameStream {
+        &mut self.stream
     }
 
     /// Gives back the room of what was taken.
@@ -354,10 +364,8 @@ impl RingLink {
         if !self.stream.is_readable() {
             return false;
         }
-        // None is announced: they are closed.
-        let mut descriptors = Vec::new();
         loop {
-            match self.stream.receive(&mut descriptors) {
+            match self.stream.read() {
                 Ok(Read::Some) => {}
                 Ok(Read::Nothing) => return true,
                 Ok(Read::End) => break,

@@ -10,7 +10,7 @@
 //! - A question that a broker of the ring took with it is asked anew; a request never is.
 
 use std::ops::ControlFlow;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -320,6 +320,62 @@ impl Session {
         }
     }
 
+    /// Asks for the loan of a connection: its id and its descriptor.
+    pub fn lease(&mut self, to: &Description, deadline: Deadline) -> Result<(u64, OwnedFd), Error> {
+        let call = || format!("lease of {:?}", to.name);
+        let body = encode(&ClientMessage::Lease).expect("it has no contents");
+        loop {
+            let correlation = self.next_id().0;
+            let timeout_ms = deadline.timeout_ms(Instant::now());
+            let header =
+                FrameHeader { kind: Kind::Control, upstream: to.handle, correlation, timeout_ms };
+            let frame = Outgoing { header, body: &body, descriptor: None };
+            self.link.stream().want_descriptors();
+            let answer = self.exchange(frame, deadline, deadline.later(VERDICT_GRACE));
+            let mut descriptors = self.link.stream().take_descriptors();
+            return match answer {
+                Ok(Answer::Message(BrokerMessage::Leased { lease })) => {
+                    match (descriptors.pop(), descriptors.is_empty()) {
+                        (Some(descriptor), true) => Ok((lease, descriptor)),
+                        (Some(_) | None, _) => Err(self.misunderstood(call())),
+                    }
+                }
+                Ok(Answer::Failed(failure)) => Err(Error::Refused { call: call(), failure }),
+                // What the dead broker lent is gone with it.
+                Ok(Answer::Lost) if !deadline.is_over() => continue,
+                Ok(Answer::Lost) => {
+                    Err(self.stopped(Stop::TimedOut, call(), NO_VERDICT, Retry::NotSent))
+                }
+                Ok(Answer::Message(_) | Answer::Reply(_)) => Err(self.misunderstood(call())),
+                // One that comes yet ends with its own deadline.
+                Err((stop, _)) => Err(self.stopped(stop, call(), NO_VERDICT, Retry::NotSent)),
+            };
+        }
+    }
+
+    /// Gives a connection back.
+    pub fn release(&mut self, upstream: u16, lease: u64) -> Result<(), Error> {
+        let body = release_body(lease, true);
+        let header = FrameHeader { upstream, ..FrameHeader::new(Kind::Control) };
+        let frame = Outgoing { header, body: &body, descriptor: None };
+        let patience = self.patience(Deadline::Never);
+        let written = self.link.write(&mut self.books, frame, patience);
+        written.map_err(|unwritten| {
+            let call = "giving a lease back".to_owned();
+            let retry = unwritten.retry();
+            self.stopped(unwritten.stop, call, self.no_room(), retry)
+        })
+    }
+
+    /// Tells that a lease has ended without being given back, if that can be told at once. If not,
+    /// its deadline ends it.
+    pub fn give_up_lease(&mut self, upstream: u16, lease: u64) {
+        let body = release_body(lease, false);
+        let header = FrameHeader { upstream, ..FrameHeader::new(Kind::Control) };
+        let _ =
+            self.link.offer(&mut self.books, Outgoing { header, body: &body, descriptor: None });
+    }
+
     /// Hands a descriptor over: the id of the session that reads it, and the slot for its end.
     pub fn attach(
         &mut self,
@@ -532,6 +588,10 @@ impl Description {
     pub fn send_header(&self) -> FrameHeader {
         FrameHeader { upstream: self.handle, ..FrameHeader::new(Kind::Send) }
     }
+}
+
+fn release_body(lease: u64, is_clean: bool) -> Vec<u8> {
+    encode(&ClientMessage::Release { lease, is_clean }).expect("it fits a control frame")
 }
 
 fn send_to(to: &Description) -> String {

@@ -42,6 +42,8 @@ pub(crate) struct FrameStream {
     incoming: Vec<u8>,
     taken: usize,
     torn: Vec<u8>,
+    /// Descriptors that came while some were wanted; none: they are not.
+    descriptors: Option<Vec<OwnedFd>>,
 }
 
 /// What one read gave.
@@ -72,6 +74,7 @@ impl FrameStream {
             incoming: Vec::new(),
             taken: 0,
             torn: Vec::new(),
+            descriptors: None,
         }
     }
 
@@ -121,11 +124,31 @@ impl FrameStream {
         self.torn.clear();
     }
 
+    /// Keeps descriptors that come from now on.
+    pub fn want_descriptors(&mut self) {
+        self.descriptors = Some(Vec::new());
+    }
+
+    /// Whether descriptors are wanted.
+    pub fn wants_descriptors(&self) -> bool {
+        self.descriptors.is_some()
+    }
+
+    /// Those that came; from now on any are closed.
+    pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
+        self.descriptors.take().unwrap_or_default()
+    }
+
     /// Reads once.
     ///
     /// # Errors
     /// As recv(2); an empty socket is none.
     pub fn read(&mut self) -> io::Result<Read> {
+        if let Some(mut descriptors) = self.descriptors.take() {
+            let read = self.receive(&mut descriptors);
+            self.descriptors = Some(descriptors);
+            return read;
+        }
         self.incoming.drain(..self.taken);
         self.taken = 0;
         if self.incoming.capacity() == 0 {

@@ -42,6 +42,11 @@ impl StreamLink {
         self.stream.raise_message_bytes_max(bytes);
     }
 
+    /// The socket.
+    pub fn stream(&mut self) -> &mut FrameStream {
+        &mut self.stream
+    }
+
     /// Writes one frame.
     pub fn write_one(
         &mut self,

@@ -17,6 +17,7 @@ use crate::batch::Batch;
 use crate::client::Client;
 use crate::deadline::Deadline;
 use crate::error::Error;
+use crate::lease::{self, Lease};
 use crate::reply::CorrelationId;
 use crate::session::Description;
 use crate::stream_link::encode_header;
@@ -241,6 +242,42 @@ impl Upstream {
     ) -> Result<CorrelationId, Error> {
         self.check_request(body)?;
         self.client.lock()?.submit(&self.description, body, deadline.into())
+    }
+
+    /// Borrows one connection of the upstream, until `deadline` at the longest, where the broker's
+    /// configuration allows it (`lease = true`). Waits for one no longer than that, either.
+    ///
+    /// ```
+    /// use std::io::{Read, Write};
+    /// use std::time::Duration;
+    /// use poolbroker_client::Client;
+    /// use poolbroker_tests::{Broker, peers::TcpEcho};
+    ///
+    /// let peer = TcpEcho::start();
+    /// let config = format!("[upstream.echo]\nurl = \"{}\"\nlease = true\n", peer.url());
+    /// let broker = Broker::builder().config(&config).start();
+    /// let echo = Client::connect_in(broker.runtime_dir())?.upstream("echo")?;
+    ///
+    /// let lease = echo.lease(Duration::from_secs(5))?;
+    /// let mut stream = lease.tcp().expect("tcp upstreams lend TCP connections");
+    /// let mut reply = [0; 6];
+    /// if stream.write_all(b"hello\n").and_then(|()| stream.read_exact(&mut reply)).is_ok() {
+    ///     assert_eq!(&reply, b"hello\n");
+    ///     lease.release()?;
+    /// }
+    /// # Ok::<(), poolbroker_client::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Refused`]: the configuration does not allow it, none became free in time, or the
+    /// upstream is down. [`Error::TimedOut`] when the broker is stopped; [`Error::Io`] when this
+    /// process cannot use the socket; [`Error::Disconnected`].
+    pub fn lease(&self, deadline: impl Into<Deadline>) -> Result<Lease, Error> {
+        let call = || format!("lease of {:?}", self.name());
+        let (id, descriptor) = self.client.lock()?.lease(&self.description, deadline.into())?;
+        let (handle, protocol) = (self.description.handle, self.description.protocol);
+        let lease = Lease::new(self.client.clone(), handle, id, protocol, descriptor);
+        lease.map_err(|error| lease::unusable(call(), error))
     }
 
     /// Makes a pipe that the broker reads: each line written to it is one one-way message, without

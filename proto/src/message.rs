@@ -51,8 +51,8 @@ pub enum ClientMessage {
         upstreams: Vec<String>,
     },
     /// Asks for the loan of one connection of the upstream that the frame header names, until
-    /// `timeout_ms` of the header have passed. Answered by [`BrokerMessage::Leased`]. This, the
-    /// answer and [`ClientMessage::Release`] go by the socket, also where there is a ring.
+    /// `timeout_ms` of the header have passed. Answered by [`BrokerMessage::Leased`]; whatever the
+    /// answer is, it goes by the socket, also where there is a ring.
     Lease,
     /// The end of a loan. Not answered.
     Release {

@@ -106,8 +106,7 @@ impl Pool {
         caller_deadline: Option<Time>,
     ) -> Lend {
         self.leases.counts.asked += 1;
-        let ending = self.closing_down.then_some(Reason::ShuttingDown);
-        if let Some(reason) = self.settings.leases_refused.or(ending) {
+        if let Some(reason) = self.settings.leases_refused {
             return self.refuse_lease(reason);
         }
         let wait_deadline = earliest(now + self.settings.limits.wait_timeout, caller_deadline);
@@ -182,8 +181,10 @@ impl Pool {
         had_any
     }
 
-    /// The broker ends: whoever holds a connection keeps it, alone from now on.
-    pub(super) fn let_leases_go(&mut self) {
+    /// The broker ends: nothing more is lent, and whoever holds a connection keeps it, alone from now
+    /// on.
+    pub fn stop_lending(&mut self) {
+        self.settings.leases_refused = Some(Reason::ShuttingDown);
         for lease in self.leases.table.keys().collect::<Vec<_>>() {
             match self.leases.table.get(lease).and_then(|lease| lease.conn) {
                 Some(conn) => {

@@ -27,7 +27,10 @@ impl Shard {
         }
         let deadline = self.now + self.limits.drain_timeout;
         self.phase = Phase::Draining { deadline, is_last_pass: false };
-        self.upstreams.iter_mut().for_each(|upstream| upstream.pool.hurry());
+        for upstream in &mut self.upstreams {
+            upstream.pool.hurry();
+            upstream.pool.stop_lending();
+        }
         if let Some(listener) = self.listener.fd.take() {
             self.poller.unwatch(&listener, self.listener.token);
         }
