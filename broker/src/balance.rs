@@ -1065,11 +1065,11 @@ mod tests {
         balance.handle_resolved((100..=200).rev().map(remote).collect());
         let kept = |balance: &Balance| balance.health().map(|h| h.remote).collect::<Vec<_>>();
         let first = kept(&balance);
-        assert_eq!(first, (100..116).map(remote).collect::<Vec<_>>());
+        assert_eq!(first, (100..164).map(remote).collect::<Vec<_>>());
         assert_eq!(balance.handle_resolved((0..=255).map(remote).collect()), []);
         assert_eq!(kept(&balance), first);
         assert_eq!(balance.handle_resolved((102..=250).map(remote).collect()).len(), 2);
-        assert_eq!(kept(&balance), (102..118).map(remote).collect::<Vec<_>>());
+        assert_eq!(kept(&balance), (102..166).map(remote).collect::<Vec<_>>());
     }
 
     /// U15: one hundred pools lose their upstream at the same moment, and have it again 30 s later.
