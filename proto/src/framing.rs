@@ -195,17 +195,32 @@ impl Framing {
         Ok(())
     }
 
-    /// Appends the message of these words, which may change the connection's state: an array for
-    /// `resp`, else the words joined by single spaces.
+    /// Appends one message that consists of these words, also one that [`Framing::encode`] refuses
+    /// as [`Reason::Stateful`]: for a connection that is not shared yet. `resp` carries words of
+    /// any bytes; the others join them with a space.
     ///
     /// # Errors
-    /// As [`Framing::encode`], but for [`Reason::Stateful`].
+    /// [`Reason::Empty`] without words; else as [`Framing::encode`].
     pub fn encode_words(self, words: &[Vec<u8>], out: &mut Vec<u8>) -> Result<(), Reason> {
-        if self == Framing::Resp {
-            resp::encode_words(words, out);
-            return Ok(());
+        if words.is_empty() {
+            return Err(Reason::Empty);
         }
-        self.encode(&words.join(&b' '), out)
+        match self {
+            Framing::Resp => {
+                resp::encode_words(words, out);
+                Ok(())
+            }
+            Framing::Memcached => memcached::encode_unchecked(&words.join(&b' '), out),
+            Framing::Lines
+            | Framing::Crlf
+            | Framing::Prefix { .. }
+            | Framing::Length(_)
+            | Framing::Fixed { .. }
+            | Framing::Netstring
+            | Framing::OctetCounted
+            | Framing::Http1
+            | Framing::Raw => self.encode(&words.join(&b' '), out),
+        }
     }
 
     /// As [`Framing::encode`], for a body that a [`Cutter`] cut from lines: it holds no `\n`, and

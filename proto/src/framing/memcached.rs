@@ -1,559 +1,947 @@
-//! The text protocol of memcached (`doc/protocol.txt` of its source), as of 1.6.
+//! The text protocol of memcached (`doc/protocol.txt` of its source).
 //!
-//! A request is a line, and for those that store something a block of data behind it. Which reply
-//! it has depends on the command, so unknown ones are refused. A request with `noreply` has none:
-//! it is checked to the last field, since memcached answers one that it cannot read all the same,
-//! and that would be taken for the next reply.
+//! A request is one line, and behind the line of a command that stores, the data of the length
+//! that it names. Which reply a request has shows in its first word, and `noreply` says that there
+//! is none.
+//!
+//! memcached takes the data behind a line that it refuses for commands, and may answer a line
+//! that it refuses although `noreply` stands there. So lines are read as strictly as memcached
+//! reads them, and commands that are not known here are refused: whether data follows them is not
+//! known either.
 
+use super::resp::{Stop, line_break, line_end};
 use super::scan::{Look, ReplyLook};
 use super::{Expect, Verdict};
 use crate::reason::Reason;
 
-/// The longest key.
+/// Bytes of a key.
 const KEY_BYTES_MAX: usize = 250;
-
-/// Digits of a length: more than 64 MiB has.
-const DIGITS_MAX: usize = 10;
-
-/// What a command is like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sort {
-    /// One line comes back.
-    Line,
-    /// One line, unless the last field says `noreply`; the fields of a command that does.
-    Quiet(&'static [Field]),
-    /// The same, with a block of data behind the line, as long as field 4 says.
-    Storage(&'static [Field]),
-    /// Values up to `END`.
-    Values,
-    /// `STAT` lines up to `END`.
-    Stats,
-    /// A meta command; with data: of field 3.
-    Meta { has_data: bool },
-    /// It changes or occupies the connection.
-    Stateful,
-}
-
-/// A field of a `noreply` command.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Field {
-    Key,
-    Number,
-    /// A time may be negative.
-    Signed,
-}
-
-use Field::{Key, Number, Signed};
-
-const COMMANDS: [(&str, Sort); 32] = [
-    ("get", Sort::Values),
-    ("gets", Sort::Values),
-    ("gat", Sort::Values),
-    ("gats", Sort::Values),
-    ("set", Sort::Storage(&[Key, Number, Signed, Number])),
-    ("add", Sort::Storage(&[Key, Number, Signed, Number])),
-    ("replace", Sort::Storage(&[Key, Number, Signed, Number])),
-    ("append", Sort::Storage(&[Key, Number, Signed, Number])),
-    ("prepend", Sort::Storage(&[Key, Number, Signed, Number])),
-    ("cas", Sort::Storage(&[Key, Number, Signed, Number, Number])),
-    ("delete", Sort::Quiet(&[Key])),
-    ("incr", Sort::Quiet(&[Key, Number])),
-    ("decr", Sort::Quiet(&[Key, Number])),
-    ("touch", Sort::Quiet(&[Key, Signed])),
-    ("flush_all", Sort::Quiet(&[Number])),
-    ("verbosity", Sort::Quiet(&[Number])),
-    ("mg", Sort::Meta { has_data: false }),
-    ("ms", Sort::Meta { has_data: true }),
-    ("md", Sort::Meta { has_data: false }),
-    ("ma", Sort::Meta { has_data: false }),
-    ("mn", Sort::Meta { has_data: false }),
-    ("me", Sort::Meta { has_data: false }),
-    ("stats", Sort::Stats),
-    ("version", Sort::Line),
-    ("cache_memlimit", Sort::Line),
-    ("slabs", Sort::Line),
-    ("lru", Sort::Line),
-    ("lru_crawler", Sort::Line),
-    ("watch", Sort::Stateful),
-    ("quit", Sort::Stateful),
-    ("shutdown", Sort::Stateful),
-    ("refresh_certs", Sort::Line),
-];
-
-/// A line, as its command has it.
-struct Line<'a> {
-    name: &'static str,
-    sort: Sort,
-    /// The fields behind the name.
-    fields: Vec<&'a [u8]>,
-}
-
-impl<'a> Line<'a> {
-    fn of(line: &'a [u8]) -> Result<Self, String> {
-        let mut words = line.split(|byte| *byte == b' ').filter(|word| !word.is_empty());
-        let name = words.next().unwrap_or_default();
-        let known = COMMANDS.iter().find(|(known, _)| known.as_bytes() == name);
-        let Some((name, sort)) = known else {
-            return Err(format!("unknown command {:?}", String::from_utf8_lossy(name)));
-        };
-        Ok(Line { name, sort: *sort, fields: words.collect() })
-    }
-
-    /// Bytes of the block behind the line, without its end; none: there is no block.
-    fn data_bytes(&self) -> Result<Option<usize>, String> {
-        let place = match self.sort {
-            Sort::Storage(_) => 3,
-            Sort::Meta { has_data: true } => 1,
-            Sort::Line
-            | Sort::Quiet(_)
-            | Sort::Values
-            | Sort::Stats
-            | Sort::Meta { has_data: false }
-            | Sort::Stateful => return Ok(None),
-        };
-        let bytes = self.fields.get(place).and_then(|field| number(field));
-        bytes.map(Some).ok_or_else(|| format!("{} without the length of its data", self.name))
-    }
-
-    fn is_noreply(&self) -> bool {
-        match self.sort {
-            Sort::Quiet(_) | Sort::Storage(_) => self.fields.last() == Some(&&b"noreply"[..]),
-            Sort::Line | Sort::Values | Sort::Stats | Sort::Meta { .. } | Sort::Stateful => false,
-        }
-    }
-
-    /// Whether memcached will understand a command that it must not answer.
-    fn is_sound(&self) -> bool {
-        let (Sort::Quiet(wanted) | Sort::Storage(wanted)) = self.sort else { return true };
-        let fields = self.fields.get(..self.fields.len().saturating_sub(1)).unwrap_or_default();
-        // The delay of flush_all and the level of verbosity may be left out.
-        let is_short = fields.is_empty() && wanted == [Number];
-        let fits = |(field, wanted): (&&[u8], &Field)| match wanted {
-            Key => is_key(field),
-            Number => number(field).is_some(),
-            Signed => number(field.strip_prefix(b"-").unwrap_or(field)).is_some(),
-        };
-        is_short || (fields.len() == wanted.len() && fields.iter().zip(wanted).all(fits))
-    }
-
-    fn verdict(&self) -> Verdict {
-        let stateful = |what: String| Verdict::Refused { reason: Reason::Stateful, what };
-        match self.sort {
-            Sort::Stateful => stateful(self.name.to_owned()),
-            Sort::Line if self.fields.first() == Some(&&b"metadump"[..]) => {
-                stateful(format!("{} metadump", self.name))
-            }
-            Sort::Line if self.fields.first() == Some(&&b"mgdump"[..]) => {
-                stateful(format!("{} mgdump", self.name))
-            }
-            Sort::Quiet(_) | Sort::Storage(_) if self.is_noreply() => match self.is_sound() {
-                true => Verdict::None,
-                false => Verdict::Refused {
-                    reason: Reason::Malformed,
-                    what: format!("{} with noreply that memcached would answer", self.name),
-                },
-            },
-            Sort::Line | Sort::Quiet(_) | Sort::Storage(_) => Verdict::One(Expect::Plain),
-            Sort::Values => Verdict::One(Expect::Values),
-            Sort::Stats => Verdict::One(Expect::Stats),
-            Sort::Meta { has_data } => {
-                // A flag stands behind the key, and behind the length of the data.
-                let flags = self.fields.iter().skip(1 + usize::from(has_data));
-                match flags.copied().any(|flag| flag.first() == Some(&b'q')) {
-                    true => stateful(format!("{} with q, whose reply may not come", self.name)),
-                    false => Verdict::One(Expect::Meta),
-                }
-            }
-        }
-    }
-}
-
-fn is_key(field: &[u8]) -> bool {
-    field.len() <= KEY_BYTES_MAX && field.iter().all(|byte| *byte > b' ' && *byte != 0x7f)
-}
-
-fn number(digits: &[u8]) -> Option<usize> {
-    if digits.is_empty() || digits.len() > DIGITS_MAX {
-        return None;
-    }
-    digits.iter().try_fold(0usize, |value, digit| {
-        digit.is_ascii_digit().then(|| value * 10 + usize::from(digit - b'0'))
-    })
-}
+/// Bytes of a value: memcached counts it with its line break in 31 bits.
+const DATA_BYTES_MAX: usize = i32::MAX as usize - 2;
+/// Bytes of a line that does not get values: behind more memcached hangs up.
+const LINE_BYTES_MAX: usize = 2046;
+/// Words of a meta command (`MFLAG_MAX_OPT_LENGTH` of memcached).
+const META_WORDS_MAX: usize = 19;
+/// Bytes of an unknown command's name that are repeated.
+const NAME_BYTES_MAX: usize = 32;
 
 /// How far one message has been looked through.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Scan {
-    /// Where the next line begins.
+    /// Where the line begins that is looked at.
     at: usize,
-    /// Up to here there is no end of a line.
+    /// Up to where no end of it was found.
     searched: usize,
-}
-
-/// Why a look goes no further.
-enum Stop {
-    Incomplete,
-    TooLong,
-    Malformed,
+    /// Where the data ends that is waited for.
+    data_end: Option<usize>,
 }
 
 impl Scan {
+    /// The request at the start of `bytes`.
     pub(super) fn next_request(&mut self, bytes: &[u8], bytes_max: usize) -> Look {
-        let look = match self.request_end(bytes, bytes_max) {
-            Ok((body, consumed)) => Look::Message { body: 0..body, consumed },
-            Err(Stop::Incomplete) => return Look::Incomplete,
-            Err(Stop::TooLong) => Look::TooLong { bytes: None },
+        // What is decided depends on no byte behind the limit, however many came at once.
+        let seen = bytes.get(..bytes_max).unwrap_or(bytes);
+        let look = match self.request(seen, bytes_max) {
+            Ok(look) => look,
+            Err(Stop::Incomplete) if bytes.len() < bytes_max => return Look::Incomplete,
+            Err(Stop::Incomplete | Stop::TooLong) => Look::TooLong { bytes: None },
             Err(Stop::Malformed) => Look::Malformed,
         };
         *self = Scan::default();
         look
     }
 
+    /// The reply at the start of `bytes`. memcached sends nothing unasked.
     pub(super) fn next_reply(
         &mut self,
         expect: Option<Expect>,
         bytes: &[u8],
         bytes_max: usize,
     ) -> ReplyLook {
-        let ended = match expect {
+        let seen = bytes.get(..bytes_max).unwrap_or(bytes);
+        let found = match expect {
+            _ if bytes.is_empty() => return ReplyLook::Incomplete,
             None => Err(Stop::Malformed),
-            Some(Expect::Plain | Expect::HeaderOnly) => self.line(bytes, bytes_max).map(drop),
-            Some(Expect::Values) => self.values_end(bytes, bytes_max),
-            Some(Expect::Stats) => self.stats_end(bytes, bytes_max),
-            Some(Expect::Meta) => self.meta_end(bytes, bytes_max),
+            Some(expect) => self.reply(expect, seen, bytes_max),
         };
-        let look = match ended {
-            Ok(()) => ReplyLook::Reply { bytes: self.at, closes: false },
-            Err(Stop::Incomplete) => return ReplyLook::Incomplete,
-            Err(Stop::TooLong) => ReplyLook::TooLong,
+        let look = match found {
+            Ok(bytes) => ReplyLook::Reply { bytes, closes: false },
+            Err(Stop::Incomplete) if bytes.len() < bytes_max => return ReplyLook::Incomplete,
+            Err(Stop::Incomplete | Stop::TooLong) => ReplyLook::TooLong,
             Err(Stop::Malformed) => ReplyLook::Malformed,
         };
         *self = Scan::default();
         look
     }
 
-    /// Where the body of a request ends, and where its last byte is. A line alone is a body without
-    /// its end, which may be a line feed only.
-    fn request_end(&mut self, bytes: &[u8], bytes_max: usize) -> Result<(usize, usize), Stop> {
-        let feed = self.line_feed(bytes, bytes_max)?;
-        let line = bytes.get(..feed).unwrap_or_default();
-        let line = line.strip_suffix(b"\r").unwrap_or(line);
-        let data = Line::of(line).and_then(|line| line.data_bytes());
-        match data.map_err(|_| Stop::Malformed)? {
-            None => Ok((line.len(), feed + 1)),
-            Some(len) => {
-                let end = block_end(bytes, feed + 1, len, bytes_max)?;
-                Ok((end, end))
-            }
-        }
-    }
-
-    fn values_end(&mut self, bytes: &[u8], bytes_max: usize) -> Result<(), Stop> {
-        loop {
-            let begin = self.at;
-            let line = self.line(bytes, bytes_max)?;
-            let Some(value) = line.strip_prefix(b"VALUE ") else {
-                let is_alone = begin == 0 && is_error(line);
-                return if line == b"END" || is_alone { Ok(()) } else { Err(Stop::Malformed) };
-            };
-            let len = value.split(|byte| *byte == b' ').nth(2).and_then(number);
-            let end = len.map(|len| block_end(bytes, self.at, len, bytes_max));
-            self.block(begin, end.unwrap_or(Err(Stop::Malformed)))?;
-        }
-    }
-
-    fn stats_end(&mut self, bytes: &[u8], bytes_max: usize) -> Result<(), Stop> {
-        loop {
-            let begin = self.at;
-            let line = self.line(bytes, bytes_max)?;
-            let is_part = [&b"STAT "[..], b"ITEM "].iter().any(|mark| line.starts_with(mark));
-            if !is_part {
-                return if line == b"END" || begin == 0 { Ok(()) } else { Err(Stop::Malformed) };
-            }
-        }
-    }
-
-    fn meta_end(&mut self, bytes: &[u8], bytes_max: usize) -> Result<(), Stop> {
-        let begin = self.at;
-        let line = self.line(bytes, bytes_max)?;
-        match line.strip_prefix(b"VA ") {
-            None => Ok(()),
-            Some(value) => {
-                let len = value.split(|byte| *byte == b' ').next().and_then(number);
-                let end = len.map(|len| block_end(bytes, self.at, len, bytes_max));
-                self.block(begin, end.unwrap_or(Err(Stop::Malformed)))
-            }
-        }
-    }
-
-    /// Steps over a block that ends at `end`; while it is incomplete the scan stands before its line.
-    fn block(&mut self, begin: usize, end: Result<usize, Stop>) -> Result<(), Stop> {
-        match end {
-            Ok(end) => {
-                (self.at, self.searched) = (end, end);
-                Ok(())
-            }
-            Err(stop) => {
-                (self.at, self.searched) = (begin, begin);
-                Err(stop)
-            }
-        }
-    }
-
-    /// The next line of a reply, without its end.
-    fn line<'a>(&mut self, bytes: &'a [u8], bytes_max: usize) -> Result<&'a [u8], Stop> {
-        let feed = self.line_feed(bytes, bytes_max)?;
-        let line = bytes.get(self.at..feed).and_then(|line| line.strip_suffix(b"\r"));
-        (self.at, self.searched) = (feed + 1, feed + 1);
-        line.ok_or(Stop::Malformed)
-    }
-
-    fn line_feed(&mut self, bytes: &[u8], bytes_max: usize) -> Result<usize, Stop> {
-        let from = self.searched.max(self.at);
-        match memchr::memchr(b'\n', bytes.get(from..).unwrap_or_default()) {
-            Some(at) if from + at > bytes_max + 1 => Err(Stop::TooLong),
-            Some(at) => Ok(from + at),
-            None if bytes.len() > bytes_max + 1 => Err(Stop::TooLong),
+    fn request(&mut self, seen: &[u8], bytes_max: usize) -> Result<Look, Stop> {
+        let data_end = match self.data_end {
+            Some(data_end) => data_end,
             None => {
-                self.searched = bytes.len();
-                Err(Stop::Incomplete)
+                let unsearched = seen.get(self.searched..).unwrap_or_default();
+                let Some(found) = memchr::memchr(b'\n', unsearched) else {
+                    self.searched = seen.len();
+                    return Err(Stop::Incomplete);
+                };
+                let end = self.searched + found;
+                let line = without_return(seen.get(..end).unwrap_or_default());
+                let kind = Kind::of(words(line).next().unwrap_or_default());
+                if !kind.ok_or(Stop::Malformed)?.has_data() {
+                    // Whatever else is wrong with it concerns nothing but this line.
+                    return Ok(Look::Message { body: 0..end + 1, consumed: end + 1 });
+                }
+                let data_bytes = read(line).map_err(|_| Stop::Malformed)?.data_bytes;
+                let data_end = (end + 1).saturating_add(data_bytes.unwrap_or_default());
+                let whole = data_end.saturating_add(2);
+                if whole > bytes_max {
+                    return Ok(Look::TooLong { bytes: Some(whole) });
+                }
+                *self.data_end.insert(data_end)
+            }
+        };
+        let whole = line_break(seen, data_end)?;
+        Ok(Look::Message { body: 0..whole, consumed: whole })
+    }
+
+    /// The bytes of the reply once it is complete.
+    fn reply(&mut self, expect: Expect, seen: &[u8], bytes_max: usize) -> Result<usize, Stop> {
+        loop {
+            if let Some(data_end) = self.data_end {
+                let behind = line_break(seen, data_end)?;
+                if expect == Expect::Meta {
+                    return Ok(behind);
+                }
+                *self = Scan { at: behind, searched: behind, data_end: None };
+            }
+            let end = line_end(seen, &mut self.searched)?;
+            let line = seen.get(self.at..end).unwrap_or_default();
+            let behind = end + 2;
+            match meaning(expect, line, self.at == 0).ok_or(Stop::Malformed)? {
+                Meaning::Last => return Ok(behind),
+                Meaning::More => (self.at, self.searched) = (behind, behind),
+                Meaning::Data(bytes) => {
+                    let data_end = behind.saturating_add(bytes);
+                    if data_end.saturating_add(2) > bytes_max {
+                        return Err(Stop::TooLong);
+                    }
+                    self.data_end = Some(data_end);
+                }
             }
         }
     }
 }
 
-fn is_error(line: &[u8]) -> bool {
-    line == b"ERROR" || line.starts_with(b"CLIENT_ERROR") || line.starts_with(b"SERVER_ERROR")
+/// What a line of a reply means.
+#[derive(Debug, Clone, Copy)]
+enum Meaning {
+    /// The reply ends with it.
+    Last,
+    /// Another line follows.
+    More,
+    /// So many bytes of data follow.
+    Data(usize),
 }
 
-/// Where a block of `len` bytes ends with its line end.
-fn block_end(bytes: &[u8], begin: usize, len: usize, bytes_max: usize) -> Result<usize, Stop> {
-    let end = begin.saturating_add(len);
-    if end.saturating_add(2) > bytes_max.saturating_add(2) {
-        return Err(Stop::TooLong);
-    }
-    match bytes.get(end..end + 2) {
-        Some(b"\r\n") => Ok(end + 2),
-        Some(_) => Err(Stop::Malformed),
-        None => Err(Stop::Incomplete),
+/// What `line` means in a reply of that kind; none: it cannot stand there.
+fn meaning(expect: Expect, line: &[u8], is_first: bool) -> Option<Meaning> {
+    let mut fields = line.split(|byte| *byte == b' ');
+    let word = fields.next()?;
+    let last = |is_last: bool| is_last.then_some(Meaning::Last);
+    match expect {
+        Expect::Plain | Expect::HeaderOnly => last(is_status(word, line)),
+        Expect::Values => match word {
+            b"VALUE" => {
+                key(fields.next()).ok()?;
+                number::<u64>(fields.next()).ok()?;
+                let bytes = number(fields.next()).ok()?;
+                if let Some(cas) = fields.next() {
+                    number::<u64>(Some(cas)).ok()?;
+                }
+                fields.next().is_none().then_some(Meaning::Data(bytes))
+            }
+            _ => last(line == b"END" || is_first && is_error(word)),
+        },
+        Expect::Stats => match word {
+            b"STAT" | b"ITEM" | b"PREFIX" => Some(Meaning::More),
+            _ => last(line == b"END" || is_first && is_status(word, line)),
+        },
+        Expect::Meta => match word {
+            b"VA" => number(fields.next()).ok().map(Meaning::Data),
+            b"HD" | b"NS" | b"EX" | b"NF" | b"EN" | b"MN" | b"ME" | b"OK" => Some(Meaning::Last),
+            _ => last(is_error(word)),
+        },
     }
 }
 
-/// The line of the one request that `body` is; else what is wrong with it.
-fn command(body: &[u8]) -> Result<Line<'_>, String> {
-    let line_end = memchr::memchr(b'\n', body);
-    let line = body.get(..line_end.unwrap_or(body.len())).unwrap_or_default();
-    let line = Line::of(line.strip_suffix(b"\r").unwrap_or(line))?;
-    let behind = line_end.map_or(body.len(), |feed| feed + 1);
-    let end = match line.data_bytes()? {
-        None => Some(behind),
-        Some(len) => block_end(body, behind, len, body.len()).ok(),
+fn is_error(word: &[u8]) -> bool {
+    matches!(word, b"ERROR" | b"CLIENT_ERROR" | b"SERVER_ERROR")
+}
+
+/// Whether `line`, which begins with `word`, is a whole reply.
+fn is_status(word: &[u8], line: &[u8]) -> bool {
+    match word {
+        b"STORED" | b"NOT_STORED" | b"EXISTS" | b"NOT_FOUND" | b"DELETED" | b"TOUCHED" => true,
+        b"OK" | b"RESET" | b"VERSION" => true,
+        // Of `slabs` and `lru_crawler`.
+        b"BUSY" | b"BADCLASS" | b"NOSPARE" | b"NOTFULL" | b"UNSAFE" | b"SAME" => true,
+        b"NOTSTARTED" => true,
+        _ => is_error(word) || number::<u64>(Some(line)).is_ok(),
+    }
+}
+
+/// Commands that have the same fields.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Get,
+    GetAndTouch,
+    Stats,
+    Store,
+    CompareAndStore,
+    MetaStore,
+    Meta,
+    MetaNothing,
+    Delete,
+    Count,
+    Touch,
+    FlushAll,
+    Verbosity,
+    MemoryLimit,
+    Version,
+    /// Of many forms, with a reply of one line.
+    Tuning,
+    /// The connection ends, or serves nothing else from then on.
+    Ending,
+}
+
+impl Kind {
+    fn of(name: &[u8]) -> Option<Kind> {
+        Some(match name {
+            b"get" | b"gets" => Kind::Get,
+            b"gat" | b"gats" => Kind::GetAndTouch,
+            b"stats" => Kind::Stats,
+            b"set" | b"add" | b"replace" | b"append" | b"prepend" => Kind::Store,
+            b"cas" => Kind::CompareAndStore,
+            b"ms" => Kind::MetaStore,
+            b"mg" | b"md" | b"ma" | b"me" => Kind::Meta,
+            b"mn" => Kind::MetaNothing,
+            b"delete" => Kind::Delete,
+            b"incr" | b"decr" => Kind::Count,
+            b"touch" => Kind::Touch,
+            b"flush_all" => Kind::FlushAll,
+            b"verbosity" => Kind::Verbosity,
+            b"cache_memlimit" => Kind::MemoryLimit,
+            b"version" => Kind::Version,
+            b"slabs" | b"lru" | b"lru_crawler" => Kind::Tuning,
+            b"watch" | b"quit" | b"shutdown" => Kind::Ending,
+            _ => return None,
+        })
+    }
+
+    /// Whether a data block follows the line.
+    fn has_data(self) -> bool {
+        matches!(self, Kind::Store | Kind::CompareAndStore | Kind::MetaStore)
+    }
+}
+
+/// What the line of a request says.
+#[derive(Debug)]
+struct Command {
+    /// Its reply; or [`Reason::Stateful`].
+    verdict: Verdict,
+    /// Bytes of the data that follows the line.
+    data_bytes: Option<usize>,
+}
+
+/// Reads the line of a request, without its end.
+fn read(line: &[u8]) -> Result<Command, String> {
+    if line.iter().any(u8::is_ascii_control) {
+        return Err("a control character in the command line".into());
+    }
+    let mut fields = words(line);
+    let name = fields.next().unwrap_or_default();
+    let shown = name.get(..NAME_BYTES_MAX).unwrap_or(name).escape_ascii();
+    let Some(kind) = Kind::of(name) else {
+        return Err(format!("unknown command {shown}"));
     };
-    match end {
-        Some(end) if end == body.len() => Ok(line),
-        Some(_) => Err("something stands behind the first command".to_owned()),
-        None => Err(format!("the data of {} is not complete", line.name)),
+    if line.len() > LINE_BYTES_MAX && kind != Kind::Get {
+        return Err("a command line that is too long".into());
+    }
+    let stateful = |what| Verdict::Refused { reason: Reason::Stateful, what };
+    let mut data_bytes = None;
+    let verdict = match kind {
+        Kind::Get | Kind::GetAndTouch => {
+            if kind == Kind::GetAndTouch {
+                number::<i32>(fields.next())?;
+            }
+            key(fields.next())?;
+            fields.try_for_each(|field| key(Some(field)))?;
+            Verdict::One(Expect::Values)
+        }
+        Kind::Stats => Verdict::One(Expect::Stats),
+        Kind::Store | Kind::CompareAndStore => {
+            key(fields.next())?;
+            number::<u32>(fields.next())?;
+            number::<i32>(fields.next())?;
+            data_bytes = Some(data(fields.next())?);
+            if kind == Kind::CompareAndStore {
+                number::<u64>(fields.next())?;
+            }
+            last_field(fields)?
+        }
+        Kind::MetaStore | Kind::Meta => {
+            if fields.clone().count() >= META_WORDS_MAX {
+                return Err("too many fields".into());
+            }
+            key(fields.next())?;
+            if kind == Kind::MetaStore {
+                data_bytes = Some(data(fields.next())?);
+            }
+            if fields.any(|flag| flag.starts_with(b"q")) {
+                stateful(format!("{shown} with q"))
+            } else {
+                Verdict::One(Expect::Meta)
+            }
+        }
+        Kind::MetaNothing => match fields.next() {
+            None => Verdict::One(Expect::Meta),
+            Some(_) => return Err("too many fields".into()),
+        },
+        Kind::Delete => {
+            key(fields.next())?;
+            // A time that is no longer supported.
+            let mut behind = fields.clone();
+            if behind.next() == Some(b"0") {
+                fields = behind;
+            }
+            last_field(fields)?
+        }
+        Kind::Count => {
+            key(fields.next())?;
+            number::<u64>(fields.next())?;
+            last_field(fields)?
+        }
+        Kind::Touch => {
+            key(fields.next())?;
+            number::<i32>(fields.next())?;
+            last_field(fields)?
+        }
+        Kind::FlushAll => {
+            let mut behind = fields.clone();
+            if number::<i32>(behind.next()).is_ok() {
+                fields = behind;
+            }
+            last_field(fields)?
+        }
+        Kind::Verbosity | Kind::MemoryLimit => {
+            number::<u32>(fields.next())?;
+            last_field(fields)?
+        }
+        Kind::Version => match fields.next() {
+            None => Verdict::One(Expect::Plain),
+            Some(_) => return Err("too many fields".into()),
+        },
+        Kind::Tuning => match fields.next() {
+            Some(dump @ (b"metadump" | b"mgdump")) => {
+                stateful(format!("{shown} {}", dump.escape_ascii()))
+            }
+            // Only some of them and some releases know it.
+            _ if fields.last() == Some(b"noreply") => {
+                return Err(format!("noreply, which {shown} need not have"));
+            }
+            _ => Verdict::One(Expect::Plain),
+        },
+        Kind::Ending => stateful(shown.to_string()),
+    };
+    Ok(Command { verdict, data_bytes })
+}
+
+/// The words of a line. As memcached has it, any number of spaces stands between them.
+fn words(line: &[u8]) -> impl Iterator<Item = &[u8]> + Clone {
+    line.split(|byte| *byte == b' ').filter(|word| !word.is_empty())
+}
+
+fn without_return(line: &[u8]) -> &[u8] {
+    line.strip_suffix(b"\r").unwrap_or(line)
+}
+
+fn key(field: Option<&[u8]>) -> Result<(), String> {
+    match field {
+        Some([]) | None => Err("a key is missing".into()),
+        Some(key) if key.len() > KEY_BYTES_MAX => Err("a key that is too long".into()),
+        Some(_) => Ok(()),
     }
 }
 
+fn number<T: std::str::FromStr>(field: Option<&[u8]>) -> Result<T, String> {
+    field
+        .filter(|digits| !digits.starts_with(b"+"))
+        .and_then(|digits| std::str::from_utf8(digits).ok()?.parse().ok())
+        .ok_or_else(|| "a number is missing or out of range".into())
+}
+
+fn data(field: Option<&[u8]>) -> Result<usize, String> {
+    match number(field)? {
+        bytes if bytes > DATA_BYTES_MAX => Err("a value that is too long".into()),
+        bytes => Ok(bytes),
+    }
+}
+
+/// The reply of a command whose fields end here, perhaps with `noreply`.
+fn last_field<'a>(mut fields: impl Iterator<Item = &'a [u8]>) -> Result<Verdict, String> {
+    match (fields.next(), fields.next()) {
+        (None, _) => Ok(Verdict::One(Expect::Plain)),
+        (Some(b"noreply"), None) => Ok(Verdict::None),
+        (Some(_), _) => Err("too many fields".into()),
+    }
+}
+
+/// What reply `body` has, which must be one request; a line without data may lack its end.
+fn examine(body: &[u8]) -> Result<Verdict, String> {
+    let (line, behind) =
+        match memchr::memchr(b'\n', body).and_then(|end| body.split_at_checked(end)) {
+            Some((line, behind)) => (without_return(line), behind.get(1..).unwrap_or_default()),
+            None => (body, &b""[..]),
+        };
+    let Command { verdict, data_bytes } = read(line)?;
+    match data_bytes {
+        None if behind.is_empty() => Ok(verdict),
+        None => Err("more than one command".into()),
+        Some(bytes) if behind.len() == bytes.saturating_add(2) && behind.ends_with(b"\r\n") => {
+            Ok(verdict)
+        }
+        Some(_) => Err("data that does not have the length which its line names".into()),
+    }
+}
+
+/// What reply the request `body` has.
 pub(super) fn classify(body: &[u8]) -> Verdict {
-    match command(body) {
-        Ok(line) => line.verdict(),
-        Err(what) => Verdict::Refused { reason: Reason::Malformed, what },
-    }
+    examine(body).unwrap_or_else(|what| Verdict::Refused { reason: Reason::Malformed, what })
 }
 
+/// Appends the request `body`, unless it may not go onto a connection that others share.
 pub(super) fn encode(body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
-    if let Verdict::Refused { reason, .. } = classify(body) {
-        return Err(reason);
-    }
-    out.extend_from_slice(body);
-    if !body.ends_with(b"\n") {
-        out.extend_from_slice(b"\r\n");
+    match classify(body) {
+        Verdict::Refused { reason, .. } => return Err(reason),
+        Verdict::One(_) | Verdict::None => append(body, out),
     }
     Ok(())
+}
+
+/// As [`encode`], for a connection that is not shared yet.
+pub(super) fn encode_unchecked(body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
+    examine(body).map_err(|_| Reason::Malformed)?;
+    append(body, out);
+    Ok(())
+}
+
+fn append(body: &[u8], out: &mut Vec<u8>) {
+    out.extend_from_slice(body);
+    // Data ends with a line break, too.
+    if body.last() != Some(&b'\n') {
+        out.extend_from_slice(b"\r\n");
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::framing::{Cut, Cutter, Framing, ReplyCut, ReplyCutter};
     use proptest::prelude::*;
 
-    const MAX: usize = 4_096;
+    const MAX: usize = 4096;
+    const KINDS: [Expect; 4] = [Expect::Plain, Expect::Values, Expect::Stats, Expect::Meta];
 
-    fn block() -> impl Strategy<Value = Vec<u8>> {
-        proptest::collection::vec(any::<u8>(), 0..30)
+    /// The looks at a stream of requests that arrives in pieces: messages, and how it ended.
+    fn requests(stream: &[u8], pieces: &[usize], max: usize) -> (Vec<Vec<u8>>, Look) {
+        let (mut scan, mut start, mut end) = (Scan::default(), 0, 0);
+        let (mut messages, mut pieces) = (vec![], pieces.iter().cycle());
+        loop {
+            match scan.next_request(&stream[start..end], max) {
+                Look::Message { body, consumed } => {
+                    assert_eq!(body, 0..consumed);
+                    messages.push(stream[start..end][body].to_vec());
+                    start += consumed;
+                }
+                Look::Incomplete if end < stream.len() => {
+                    assert!(end - start < max.max(1), "a message must not fill the buffer");
+                    end = (end + pieces.next().unwrap()).min(stream.len());
+                }
+                last => return (messages, last),
+            }
+        }
     }
 
-    fn joined(line: &str, data: &[u8]) -> Vec<u8> {
+    /// As [`requests`], with the replies of these kinds, one after the other.
+    fn replies(
+        kinds: &[Expect],
+        stream: &[u8],
+        pieces: &[usize],
+        max: usize,
+    ) -> (Vec<usize>, ReplyLook) {
+        let (mut scan, mut start, mut end) = (Scan::default(), 0, 0);
+        let (mut cuts, mut pieces) = (vec![], pieces.iter().cycle());
+        loop {
+            let expect = kinds.get(cuts.len()).copied();
+            match scan.next_reply(expect, &stream[start..end], max) {
+                ReplyLook::Reply { bytes, closes: false } => {
+                    cuts.push(bytes);
+                    start += bytes;
+                }
+                ReplyLook::Incomplete if end < stream.len() => {
+                    assert!(end - start < max.max(1), "a reply must not fill the buffer");
+                    end = (end + pieces.next().unwrap()).min(stream.len());
+                }
+                last => return (cuts, last),
+            }
+        }
+    }
+
+    fn reply(expect: Expect, bytes: &[u8]) -> ReplyLook {
+        Scan::default().next_reply(Some(expect), bytes, MAX)
+    }
+
+    fn malformed(body: &str) -> String {
+        match classify(body.as_bytes()) {
+            Verdict::Refused { reason: Reason::Malformed, what } => what,
+            verdict => panic!("{body:?}: {verdict:?}"),
+        }
+    }
+
+    fn blob() -> impl Strategy<Value = Vec<u8>> {
+        let any_bytes = proptest::collection::vec(any::<u8>(), 0..20);
+        let marks = proptest::sample::select(vec!["", "\r\n", "END\r\n", "\r\nEND\r\n", "VALUE a"]);
+        prop_oneof![any_bytes, marks.prop_map(|mark| mark.as_bytes().to_vec())]
+    }
+
+    /// A line, data behind it.
+    fn with_data(line: &str, data: &[u8]) -> Vec<u8> {
         [line.as_bytes(), b"\r\n", data, b"\r\n"].concat()
     }
 
-    fn exchange() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
+    /// A request.
+    fn request() -> impl Strategy<Value = Vec<u8>> {
+        let lines =
+            vec!["get a\r\n", "gat 1 b c\n", "delete k noreply\r\n", "mg k v q\n", "mn\r\n"];
         prop_oneof![
-            (proptest::collection::vec(block(), 0..4)).prop_map(|values| {
-                let mut reply = Vec::new();
-                for value in values {
-                    reply.extend(joined(&format!("VALUE k 0 {} 7", value.len()), &value));
-                }
-                (b"gets k".to_vec(), [reply, b"END\r\n".to_vec()].concat())
-            }),
-            block().prop_map(|data| {
-                (joined(&format!("set k 0 0 {}", data.len()), &data), b"STORED\r\n".to_vec())
-            }),
-            block().prop_map(|data| {
-                let reply = joined(&format!("VA {} f30", data.len()), &data);
-                (b"mg k v f".to_vec(), reply)
-            }),
-            block().prop_map(|data| {
-                (joined(&format!("ms k {} T0", data.len()), &data), b"HD\r\n".to_vec())
-            }),
-            Just((b"stats".to_vec(), b"STAT pid 1\r\nSTAT up 2\r\nEND\r\n".to_vec())),
-            Just((b"stats reset".to_vec(), b"RESET\r\n".to_vec())),
-            Just((b"get k".to_vec(), b"SERVER_ERROR out of memory\r\n".to_vec())),
-            Just((b"incr k 1\r\n".to_vec(), b"5\r\n".to_vec())),
-            Just((b"mn".to_vec(), b"MN\r\n".to_vec())),
+            proptest::sample::select(lines).prop_map(|line| line.as_bytes().to_vec()),
+            blob().prop_map(|data| with_data(&format!("set k 0 -1 {}", data.len()), &data)),
+            blob().prop_map(|data| with_data(&format!("cas k 1 2 {} 3", data.len()), &data)),
+            blob().prop_map(|data| with_data(&format!("ms k {} T0", data.len()), &data)),
         ]
     }
 
-    fn replies(expects: &[Expect], stream: &[u8], pieces: &[usize]) -> (Vec<ReplyCut>, usize) {
-        let mut cutter = ReplyCutter::new(Framing::Memcached, MAX);
-        let (mut buffer, mut seen, mut at) = (vec![], vec![], 0);
-        let mut pieces = pieces.iter().cycle();
-        while at < stream.len() {
-            let end = (at + pieces.next().unwrap()).min(stream.len());
-            buffer.extend_from_slice(&stream[at..end]);
-            at = end;
-            loop {
-                match cutter.next_reply(expects.get(seen.len()).copied(), &buffer) {
-                    ReplyCut::Incomplete => break,
-                    ReplyCut::Reply { body, consumed, closes } => {
-                        buffer.drain(..consumed);
-                        seen.push(ReplyCut::Reply { body, consumed, closes });
-                    }
-                    other => {
-                        seen.push(other);
-                        return (seen, 0);
-                    }
-                }
-            }
-        }
-        (seen, buffer.len())
+    /// A reply and its kind.
+    fn any_reply() -> impl Strategy<Value = (Expect, Vec<u8>)> {
+        let errors = vec!["ERROR\r\n", "CLIENT_ERROR bad\r\n", "SERVER_ERROR out of memory\r\n"];
+        let lines = vec!["STORED\r\n", "12\r\n", "VERSION 1.6.38\r\n", "OK\r\n", "NOT_FOUND\r\n"];
+        let metas = vec!["HD\r\n", "EN\r\n", "NF\r\n", "MN\r\n", "HD c1 kab\r\n", "ME k cls=1\r\n"];
+        let values = proptest::collection::vec((blob(), any::<Option<u64>>()), 0..4);
+        let stats = proptest::collection::vec("(STAT|ITEM) [a-z]{1,8} [ -~]{0,8}\r\n", 0..4);
+        let values = values.prop_map(|values| {
+            let value = |(data, cas): &(Vec<u8>, Option<u64>)| {
+                let cas = cas.map(|cas| format!(" {cas}")).unwrap_or_default();
+                with_data(&format!("VALUE key 7 {}{cas}", data.len()), data)
+            };
+            [values.iter().map(value).collect::<Vec<_>>().concat(), b"END\r\n".to_vec()].concat()
+        });
+        prop_oneof![
+            (proptest::sample::select(&KINDS[..]), proptest::sample::select(errors))
+                .prop_map(|(kind, line)| (kind, line.as_bytes().to_vec())),
+            proptest::sample::select(lines)
+                .prop_map(|line| (Expect::Plain, line.as_bytes().to_vec())),
+            proptest::sample::select(metas).prop_map(|line| (Expect::Meta, line.into())),
+            blob().prop_map(|data| {
+                (Expect::Meta, with_data(&format!("VA {} f0 s2", data.len()), &data))
+            }),
+            values.prop_map(|bytes| (Expect::Values, bytes)),
+            stats.prop_map(|lines| (Expect::Stats, (lines.concat() + "END\r\n").into_bytes())),
+        ]
+    }
+
+    /// Bytes that often look like the protocol.
+    fn noise() -> impl Strategy<Value = Vec<u8>> {
+        let pieces =
+            "get set ms mg END VALUE STAT VA HD OK ERROR noreply \r\n \r\n \r\n \n \r 0 1 2 \
+            12 a VALUE\ta\t0\t1\r\n set\tk\t0\t0\t2\r\n VA\t1\r\n 99999999999 q -1 \0"
+                .split(' ')
+                .map(|piece| piece.replace('\t', " "))
+                .chain(std::iter::repeat_n(" ".to_owned(), 10));
+        let piece = prop_oneof![
+            9 => proptest::sample::select(pieces.collect::<Vec<_>>()).prop_map(String::into_bytes),
+            1 => any::<u8>().prop_map(|byte| vec![byte]),
+        ];
+        proptest::collection::vec(piece, 0..30).prop_map(|pieces| pieces.concat())
     }
 
     proptest! {
         #[test]
-        fn any_split_gives_the_same_replies_each_as_its_request_has_it(
-            exchanges in proptest::collection::vec(exchange(), 1..6),
-            pieces in proptest::collection::vec(1usize..30, 1..10),
+        fn replies_are_cut_alike_however_they_arrive(
+            stream in proptest::collection::vec(any_reply(), 1..6),
+            pieces in proptest::collection::vec(1usize..20, 1..20),
         ) {
-            let expects: Vec<_> = exchanges.iter().map(|(request, _)| {
-                match classify(request) { Verdict::One(expect) => expect, other => panic!("{other:?}") }
-            }).collect();
-            let stream = exchanges.iter().flat_map(|(_, reply)| reply.clone()).collect::<Vec<_>>();
-            let expected: Vec<_> = exchanges.iter().map(|(_, reply)| ReplyCut::Reply {
-                body: 0..reply.len(), consumed: reply.len(), closes: false }).collect();
-            prop_assert_eq!(replies(&expects, &stream, &pieces), (expected.clone(), 0));
-            prop_assert_eq!(replies(&expects, &stream, &[1]), (expected.clone(), 0));
-            let (seen, left) = replies(&expects, &stream[..stream.len() - 1], &pieces);
-            prop_assert_eq!(&seen[..], &expected[..expected.len() - 1]);
-            prop_assert!(left > 0);
+            let kinds: Vec<_> = stream.iter().map(|(kind, _)| *kind).collect();
+            let expected: Vec<_> = stream.iter().map(|(_, bytes)| bytes.len()).collect();
+            let bytes: Vec<u8> = stream.into_iter().flat_map(|(_, bytes)| bytes).collect();
+            for pieces in [&pieces[..], &[1], &[bytes.len()]] {
+                let (cuts, last) = replies(&kinds, &bytes, pieces, MAX);
+                prop_assert_eq!(&cuts, &expected);
+                prop_assert_eq!(last, ReplyLook::Incomplete);
+            }
         }
 
         #[test]
-        fn requests_come_back_whole(
-            exchanges in proptest::collection::vec(exchange(), 1..6),
-            pieces in proptest::collection::vec(1usize..30, 1..10),
+        fn a_truncated_reply_is_incomplete((kind, bytes) in any_reply()) {
+            for end in 0..bytes.len() {
+                prop_assert_eq!(reply(kind, &bytes[..end]), ReplyLook::Incomplete, "{}", end);
+            }
+            let look = |max| Scan::default().next_reply(Some(kind), &bytes, max);
+            prop_assert_eq!(look(bytes.len() - 1), ReplyLook::TooLong);
+            prop_assert_eq!(look(bytes.len()), reply(kind, &bytes));
+        }
+
+        #[test]
+        fn requests_are_cut_alike_however_they_arrive(
+            expected in proptest::collection::vec(request(), 0..8),
+            pieces in proptest::collection::vec(1usize..20, 1..20),
         ) {
-            let mut stream = Vec::new();
-            exchanges.iter().for_each(|(request, _)| encode(request, &mut stream).unwrap());
-            for pieces in [&pieces[..], &[1]] {
-                let mut cutter = Cutter::new(Framing::Memcached, MAX);
-                let (mut buffer, mut count, mut at) = (vec![], 0, 0);
-                let mut pieces = pieces.iter().cycle();
-                while at < stream.len() {
-                    let end = (at + pieces.next().unwrap()).min(stream.len());
-                    buffer.extend_from_slice(&stream[at..end]);
-                    at = end;
-                    while let Cut::Message { body, consumed } = cutter.next_cut(&buffer) {
-                        let mut wire = Vec::new();
-                        encode(&buffer[body], &mut wire).unwrap();
-                        prop_assert_eq!(&wire, &buffer[..consumed]);
-                        buffer.drain(..consumed);
-                        count += 1;
-                    }
+            let stream = expected.concat();
+            for pieces in [&pieces[..], &[1], &[stream.len().max(1)]] {
+                let (messages, last) = requests(&stream, pieces, MAX);
+                prop_assert_eq!(&messages, &expected);
+                prop_assert_eq!(last, Look::Incomplete);
+            }
+        }
+
+        #[test]
+        fn noise_does_not_panic_and_does_not_depend_on_the_split(
+            stream in prop_oneof![noise(), proptest::collection::vec(any::<u8>(), 0..200)],
+            pieces in proptest::collection::vec(1usize..20, 1..20),
+            kinds in proptest::collection::vec(proptest::sample::select(&KINDS[..]), 0..4),
+            max in prop_oneof![0usize..40, Just(MAX)],
+        ) {
+            let all = stream.len().max(1);
+            let asked = requests(&stream, &[1], max);
+            let answered = replies(&kinds, &stream, &[1], max);
+            for pieces in [&pieces[..], &[all]] {
+                prop_assert_eq!(&requests(&stream, pieces, max), &asked);
+                prop_assert_eq!(&replies(&kinds, &stream, pieces, max), &answered);
+            }
+            let mut out = Vec::new();
+            match (encode(&stream, &mut out), classify(&stream)) {
+                (Ok(()), Verdict::One(_) | Verdict::None) => {
+                    // What goes out is one command, whoever reads it.
+                    let (messages, last) = requests(&out, &[all], MAX);
+                    prop_assert_eq!((messages.len(), last), (1, Look::Incomplete));
                 }
-                prop_assert_eq!((count, buffer.len()), (exchanges.len(), 0));
+                (Err(reason), Verdict::Refused { reason: same, .. }) => {
+                    prop_assert_eq!((reason, out.len()), (same, 0));
+                }
+                disagree => prop_assert!(false, "{disagree:?}"),
             }
         }
 
         #[test]
-        fn arbitrary_bytes_never_panic_and_do_not_depend_on_the_split(
-            stream in proptest::collection::vec(
-                prop_oneof![any::<u8>(), proptest::sample::select(&b"VALUE STATEND mgset 0123\r\n"[..])],
-                0..200,
-            ),
-            pieces in proptest::collection::vec(1usize..30, 1..10),
-        ) {
-            for expect in [Expect::Plain, Expect::Values, Expect::Stats, Expect::Meta] {
-                let expects = vec![expect; 300];
-                prop_assert_eq!(replies(&expects, &stream, &pieces), replies(&expects, &stream, &[1]));
+        fn two_requests_are_never_encoded(first in request(), second in request()) {
+            for body in [
+                [&first[..], &second].concat(),
+                [&first[..], b"\r\n"].concat(),
+                [&first[..], b"x"].concat(),
+                [b"version\r\n", &first[..]].concat(),
+            ] {
+                let mut out = b"before".to_vec();
+                prop_assert_eq!(encode(&body, &mut out), Err(Reason::Malformed));
+                prop_assert_eq!(encode_unchecked(&body, &mut out), Err(Reason::Malformed));
+                prop_assert_eq!(&out, b"before");
             }
-            let _ = classify(&stream);
         }
     }
 
     #[test]
-    fn each_command_has_its_reply_or_is_refused() {
-        let one = Verdict::One;
-        let refused = |reason, what: &str| Verdict::Refused { reason, what: what.to_owned() };
-        for (request, verdict) in [
-            ("get a b", one(Expect::Values)),
-            ("set k 0 0 2\r\nab\r\n", one(Expect::Plain)),
-            ("set k 0 -1 2 noreply\r\nab\r\n", Verdict::None),
-            ("cas k 0 0 2 9 noreply\r\nab\r\n", Verdict::None),
-            ("delete k noreply\r\n", Verdict::None),
-            ("flush_all noreply", Verdict::None),
-            ("flush_all 5 noreply", Verdict::None),
-            ("version", one(Expect::Plain)),
-            ("mg k v q", refused(Reason::Stateful, "mg with q, whose reply may not come")),
-            ("quit", refused(Reason::Stateful, "quit")),
-            ("lru_crawler metadump all", refused(Reason::Stateful, "lru_crawler metadump")),
-            ("frobnicate x", refused(Reason::Malformed, "unknown command \"frobnicate\"")),
-            (
-                "get a\r\nget b",
-                refused(Reason::Malformed, "something stands behind the first command"),
-            ),
-            (
-                "set k 0 0 5\r\nab\r\n",
-                refused(Reason::Malformed, "the data of set is not complete"),
-            ),
-            ("set k 0 0\r\n", refused(Reason::Malformed, "set without the length of its data")),
+    fn each_kind_of_reply_has_its_own_lines() {
+        let (plain, values, stats, meta) = (0b1, 0b10, 0b100, 0b1000);
+        for (line, kinds) in [
+            ("STORED", plain | stats),
+            ("NOT_STORED", plain | stats),
+            ("EXISTS", plain | stats),
+            ("NOT_FOUND", plain | stats),
+            ("DELETED", plain | stats),
+            ("TOUCHED", plain | stats),
+            ("RESET", plain | stats),
+            ("VERSION 1.6", plain | stats),
+            ("BUSY currently processing", plain | stats),
+            ("18446744073709551615", plain | stats),
+            ("OK", plain | stats | meta),
+            ("ERROR", plain | values | stats | meta),
+            ("CLIENT_ERROR bad data chunk", plain | values | stats | meta),
+            ("SERVER_ERROR", plain | values | stats | meta),
+            ("END", values | stats),
+            ("HD t1", meta),
+            ("EN", meta),
+            ("NS", meta),
+            ("EX", meta),
+            ("NF", meta),
+            ("MN", meta),
+            ("ME k exp=-1", meta),
+            ("END ", 0),
+            ("", 0),
+            ("STORE", 0),
+            ("12a", 0),
+            ("-1", 0),
+            ("ERROR\r", 0),
+            ("VALUE a 0", 0),
+            ("VALUE a 0 x", 0),
+            ("VALUE a 0 1 2 3", 0),
+            ("VALUE a -1 1", 0),
+            ("VALUE  0 1", 0),
+            ("VALUE a 0 -1", 0),
+            ("VA", 0),
+            ("VA -1", 0),
+            ("VA x", 0),
         ] {
-            assert_eq!(classify(request.as_bytes()), verdict, "{request:?}");
-        }
-        let long = format!("delete {} noreply", "k".repeat(KEY_BYTES_MAX + 1));
-        for request in [&long[..], "incr k -1 noreply", "incr k noreply", "delete k 0 0 noreply"] {
-            let Verdict::Refused { reason: Reason::Malformed, .. } = classify(request.as_bytes())
-            else {
-                panic!("memcached would answer {request:?}")
-            };
+            for (bit, kind) in KINDS.into_iter().enumerate() {
+                let expected = if kinds & (1 << bit) == 0 {
+                    ReplyLook::Malformed
+                } else {
+                    ReplyLook::Reply { bytes: line.len() + 2, closes: false }
+                };
+                let stream = format!("{line}\r\nSTORED\r\n");
+                assert_eq!(reply(kind, stream.as_bytes()), expected, "{line:?} {kind:?}");
+            }
         }
     }
 
     #[test]
-    fn what_is_too_long_or_no_reply_is_told() {
-        let broken = |expect, reply: &[u8]| replies(&[expect], reply, &[1]).0.pop();
-        let too_long = Some(ReplyCut::Broken(Reason::ReplyTooLong));
-        assert_eq!(broken(Expect::Values, b"VALUE k 0 4096\r\n"), too_long);
-        assert_eq!(broken(Expect::Meta, b"VA 9999999999\r\n"), too_long);
-        let bad = Some(ReplyCut::Broken(Reason::BadReply));
-        assert_eq!(broken(Expect::Values, b"VALUE k 0 x\r\n"), bad);
-        assert_eq!(broken(Expect::Values, b"STORED\r\n"), bad);
-        assert_eq!(broken(Expect::Values, b"VALUE k 0 1\r\nab\r\n"), bad);
-        assert_eq!(broken(Expect::Plain, b"STORED\n"), bad);
-        let unasked = replies(&[], b"STORED\r\n", &[8]).0.pop();
-        assert_eq!(unasked, Some(ReplyCut::Broken(Reason::Unsolicited)));
+    fn what_stands_at_the_wrong_place_is_malformed() {
+        for (kind, wrong) in [
+            (Expect::Plain, "OK\n"),
+            (Expect::Values, "VALUE a 0 1\r\nab"),
+            (Expect::Values, "VALUE a 0 1\r\na\r\nSERVER_ERROR\r\n"),
+            (Expect::Values, "VALUE a 0 1\r\na\r\nSTORED\r\n"),
+            (Expect::Values, "VALUE a 0 1\r\na\r\n\r\n"),
+            (Expect::Stats, "STAT a 1\r\nOK\r\n"),
+            (Expect::Stats, "VALUE a 0 0\r\n"),
+            (Expect::Meta, "VA 1\r\nab"),
+            (Expect::Meta, "VALUE a 0 0\r\n"),
+        ] {
+            assert_eq!(reply(kind, wrong.as_bytes()), ReplyLook::Malformed, "{wrong:?}");
+        }
+        // Nothing comes unasked.
+        let look = |bytes: &[u8]| Scan::default().next_reply(None, bytes, MAX);
+        assert_eq!((look(b""), look(b"O")), (ReplyLook::Incomplete, ReplyLook::Malformed));
+    }
+
+    #[test]
+    fn a_message_is_refused_as_soon_as_its_length_shows() {
+        for (kind, bytes, start) in [
+            (Expect::Values, 19, "VALUE a 0 4\r\n"),
+            (Expect::Values, 19, "VALUE a 0 1\r\na\r\nVA"),
+            (Expect::Meta, 12, "VA 4\r\n"),
+            (Expect::Plain, 6, "ERROR"),
+        ] {
+            let look = |max| Scan::default().next_reply(Some(kind), start.as_bytes(), max);
+            assert_eq!(look(bytes - 1), ReplyLook::TooLong, "{start:?}");
+            assert_eq!(look(bytes), ReplyLook::Incomplete, "{start:?}");
+        }
+        let huge = format!("VA {}\r\n", usize::MAX);
+        assert_eq!(reply(Expect::Meta, huge.as_bytes()), ReplyLook::TooLong);
+        let look = |bytes: &str, max| Scan::default().next_request(bytes.as_bytes(), max);
+        assert_eq!(look("set k 0 0 4\r\n", 19), Look::Incomplete);
+        assert_eq!(look("set k 0 0 4\r\n", 18), Look::TooLong { bytes: Some(19) });
+        assert_eq!(look("get k\r\n", 6), Look::TooLong { bytes: None });
+        assert_eq!(look("get k\r\n", 7), Look::Message { body: 0..7, consumed: 7 });
+        assert_eq!(look("get kk", 6), Look::TooLong { bytes: None });
+        let longest = format!("set k 0 0 {DATA_BYTES_MAX}\r\n");
+        assert!(matches!(look(&longest, MAX), Look::TooLong { bytes: Some(_) }));
+        for wrong in [
+            "set k 0 0 2147483646\r\n",
+            "set k 0 0 -1\r\n",
+            "set k 0 0\r\n",
+            "set k 0 0 1 x\r\n",
+            "ms k\r\n",
+            "set k 0 0 1\r\nab",
+            "foo k 1\r\n",
+            "\r\n",
+            "GET a\r\n",
+            "ms k x\r\n",
+            "set k 0 0 +1\r\n",
+        ] {
+            assert_eq!(look(wrong, MAX), Look::Malformed, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn what_was_looked_through_is_not_looked_through_again() {
+        let mut scan = Scan::default();
+        let bytes = b"VALUE a 0 2\r\nab\r\nVALUE b 0 5\r\nab";
+        assert_eq!(scan.next_reply(Some(Expect::Values), bytes, MAX), ReplyLook::Incomplete);
+        assert_eq!((scan.at, scan.data_end), (17, Some(35)));
+        let mut scan = Scan::default();
+        assert_eq!(scan.next_request(b"set k 0 0 9\r\nab", MAX), Look::Incomplete);
+        assert_eq!(scan.data_end, Some(22));
+        let mut scan = Scan::default();
+        assert_eq!(scan.next_request(b"get abc", MAX), Look::Incomplete);
+        assert_eq!(scan.searched, 7);
+    }
+
+    #[test]
+    fn requests_have_the_replies_of_their_commands() {
+        let one = |kind| Verdict::One(kind);
+        let key = "k".repeat(KEY_BYTES_MAX);
+        let many = format!("get {}", "key ".repeat(LINE_BYTES_MAX));
+        for (body, expected) in [
+            ("get a", one(Expect::Values)),
+            ("gets a  b ", one(Expect::Values)),
+            ("gat -1 a b", one(Expect::Values)),
+            ("gats 10 a", one(Expect::Values)),
+            (&many, one(Expect::Values)),
+            (&format!("get {key}"), one(Expect::Values)),
+            ("get noreply", one(Expect::Values)),
+            ("stats", one(Expect::Stats)),
+            ("stats detail on", one(Expect::Stats)),
+            ("set k 0 0 1\r\na\r\n", one(Expect::Plain)),
+            ("add k 4294967295 -1 0 noreply\r\n\r\n", Verdict::None),
+            ("replace k 0 0 2 noreply\n\r\n\r\n", Verdict::None),
+            ("append k 0 0 1\r\na\r\n", one(Expect::Plain)),
+            ("prepend k 0 0 1\r\na\r\n", one(Expect::Plain)),
+            ("cas k 0 0 1 18446744073709551615\r\na\r\n", one(Expect::Plain)),
+            ("cas k 0 0 1 7 noreply\r\na\r\n", Verdict::None),
+            ("delete k", one(Expect::Plain)),
+            ("delete k 0", one(Expect::Plain)),
+            ("delete k noreply\r\n", Verdict::None),
+            ("delete k 0 noreply", Verdict::None),
+            ("delete noreply", one(Expect::Plain)),
+            ("incr k 1", one(Expect::Plain)),
+            ("decr k 18446744073709551615 noreply", Verdict::None),
+            ("touch k 0", one(Expect::Plain)),
+            ("touch k -5 noreply", Verdict::None),
+            ("flush_all", one(Expect::Plain)),
+            ("flush_all 10", one(Expect::Plain)),
+            ("flush_all noreply", Verdict::None),
+            ("flush_all 10 noreply", Verdict::None),
+            ("verbosity 1", one(Expect::Plain)),
+            ("verbosity 1 noreply", Verdict::None),
+            ("cache_memlimit 64", one(Expect::Plain)),
+            ("version\r\n", one(Expect::Plain)),
+            ("slabs automove 1", one(Expect::Plain)),
+            ("lru mode flat", one(Expect::Plain)),
+            ("lru_crawler crawl all", one(Expect::Plain)),
+            ("mg k v t Oq", one(Expect::Meta)),
+            ("ms k 2 T0\r\nab\r\n", one(Expect::Meta)),
+            ("md q", one(Expect::Meta)),
+            ("ma k N0", one(Expect::Meta)),
+            ("me k", one(Expect::Meta)),
+            ("mn", one(Expect::Meta)),
+        ] {
+            assert_eq!(classify(body.as_bytes()), expected, "{body:?}");
+        }
+        for (body, expected) in [
+            ("mg k v q", "mg with q"),
+            ("md k q", "md with q"),
+            ("ma k qx", "ma with q"),
+            ("ms k 1 T0 q\r\na\r\n", "ms with q"),
+            ("watch fetchers", "watch"),
+            ("quit\r\n", "quit"),
+            ("shutdown graceful", "shutdown"),
+            ("lru_crawler metadump all", "lru_crawler metadump"),
+            ("lru_crawler  mgdump all", "lru_crawler mgdump"),
+        ] {
+            let expected = Verdict::Refused { reason: Reason::Stateful, what: expected.into() };
+            assert_eq!(classify(body.as_bytes()), expected, "{body:?}");
+            let mut out = Vec::new();
+            assert_eq!(encode(body.as_bytes(), &mut out), Err(Reason::Stateful));
+            assert_eq!(
+                (encode_unchecked(body.as_bytes(), &mut out), out.is_empty()),
+                (Ok(()), false)
+            );
+        }
+    }
+
+    #[test]
+    fn what_memcached_would_refuse_is_refused_before() {
+        let key = "k".repeat(KEY_BYTES_MAX + 1);
+        let flags = "f ".repeat(META_WORDS_MAX - 1);
+        assert_eq!(malformed("foo k 1"), "unknown command foo");
+        assert_eq!(malformed("GET k"), "unknown command GET");
+        assert!(malformed(&"x".repeat(99)).len() < 60);
+        for body in [
+            "",
+            " ",
+            "\r\n",
+            "get",
+            "get \r\n",
+            "get a\tb",
+            "get a\0",
+            "get a\rb",
+            "version\r",
+            "version 1",
+            "gat a",
+            "gat x a",
+            "gat 1",
+            "set k 0 0 1",
+            "set k 0 0 1\r\n",
+            "set k 0 0 1\r\nab\r\n",
+            "set k 0 0 1\r\na\n",
+            "set k 0 0 1\r\na\r\n\r\n",
+            "set k -1 0 1 noreply\r\na\r\n",
+            "set k 4294967296 0 1\r\na\r\n",
+            "set k 0 2147483648 1\r\na\r\n",
+            "set k 0 0 1 nope\r\na\r\n",
+            "set k 0 0 1 noreply x\r\na\r\n",
+            "set k 0 x 1 noreply\r\na\r\n",
+            "cas k 0 0 1\r\na\r\n",
+            "cas k 0 0 1 x noreply\r\na\r\n",
+            "cas k 0 0 1 noreply\r\na\r\n",
+            "incr k",
+            "incr k -1 noreply",
+            "incr k noreply",
+            "incr k 18446744073709551616 noreply",
+            "incr k 1 2",
+            "touch k noreply",
+            "touch k 2147483648 noreply",
+            "touch noreply",
+            "delete",
+            "delete k 1 noreply",
+            "delete k 0 0",
+            "flush_all x noreply",
+            "flush_all 1 2",
+            "verbosity noreply",
+            "verbosity",
+            "cache_memlimit x",
+            "slabs automove 1 noreply",
+            "lru tune noreply",
+            "mn q",
+            "mg",
+            "ms k",
+            "ms k 1\r\na",
+            "get a\r\nget b\r\n",
+            "get a\r\nget b",
+            "get a\n\n",
+            &format!("get a {key}"),
+            &format!("set {key} 0 0 1 noreply\r\na\r\n"),
+            &format!("mg k {flags}"),
+            &format!("md k {}", "f".repeat(LINE_BYTES_MAX)),
+        ] {
+            malformed(body);
+            assert_eq!(encode(body.as_bytes(), &mut Vec::new()), Err(Reason::Malformed));
+        }
+    }
+
+    #[test]
+    fn a_line_gets_its_end() {
+        for (body, expected) in [
+            ("get a", "get a\r\n"),
+            ("get a\n", "get a\n"),
+            ("get a\r\n", "get a\r\n"),
+            ("set k 0 0 1\r\na\r\n", "set k 0 0 1\r\na\r\n"),
+        ] {
+            let mut out = b"+".to_vec();
+            assert_eq!(encode(body.as_bytes(), &mut out), Ok(()));
+            assert_eq!(out, format!("+{expected}").into_bytes());
+        }
+        let mut out = Vec::new();
+        let words = ["incr", "k", "1"].map(|word| word.as_bytes().to_vec());
+        let framing = super::super::Framing::Memcached;
+        assert_eq!(framing.encode_words(&words, &mut out), Ok(()));
+        assert_eq!(out, b"incr k 1\r\n");
+        assert_eq!(framing.encode_words(&[b"a\r\nb".to_vec()], &mut out), Err(Reason::Malformed));
     }
 }
