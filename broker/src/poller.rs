@@ -13,9 +13,13 @@ use rustix::event::epoll::{
     CreateFlags, Event, EventData, EventFlags, add, create, delete, modify, wait,
 };
 use rustix::io::Errno;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_settime,
+};
 use slotmap::{Key, KeyData, SlotMap, new_key_type};
 
-use crate::config::EVENTS_MAX;
+use crate::config::{ALARM_MIN, EVENTS_MAX};
+use crate::timers::Time;
 
 /// What is asked of a datagram socket that has room; the other end and errors show anyway.
 const INPUT: EventFlags = EventFlags::IN.union(EventFlags::ET);
@@ -67,6 +71,36 @@ pub struct Poller<T> {
     epoll: OwnedFd,
     targets: SlotMap<Token, T>,
     events: Vec<Event>,
+    /// The last wait told of one event at most.
+    is_calm: bool,
+    alarm: Alarm,
+}
+
+/// A timer that ends waits from afar: it is set once and not for every wait, which costs more than
+/// the wait itself on a virtual machine.
+struct Alarm {
+    timer: OwnedFd,
+    at: Option<Time>,
+}
+
+impl Alarm {
+    /// Makes sure that it rings at `at` or before; false: it cannot be set.
+    fn set(&mut self, now: Time, at: Time) -> bool {
+        if self.at.is_some_and(|set| set > now && set <= at) {
+            return true;
+        }
+        let value = timespec(at.since(now));
+        let once = Itimerspec { it_interval: timespec(Duration::ZERO), it_value: value };
+        self.at = Some(at);
+        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once).is_ok()
+    }
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec {
+        tv_sec: i64::try_from(duration.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: i64::from(duration.subsec_nanos()),
+    }
 }
 
 impl<T> std::fmt::Debug for Poller<T> {
@@ -80,7 +114,13 @@ impl<T: Copy> Poller<T> {
     pub fn new() -> Result<Self, Errno> {
         let epoll = create(CreateFlags::CLOEXEC)?;
         let events = Vec::with_capacity(EVENTS_MAX);
-        Ok(Poller { epoll, targets: SlotMap::with_key(), events })
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        // By edges: it is never read. Its token belongs to nothing, so its events are passed over.
+        let token = Token::null();
+        add(&epoll, &timer, EventData::new_u64(token.data().as_ffi()), INPUT)?;
+        let alarm = Alarm { timer, at: None };
+        Ok(Poller { epoll, targets: SlotMap::with_key(), events, is_calm: false, alarm })
     }
 
     /// Watches a descriptor for reading and writing, by edges.
@@ -157,18 +197,28 @@ impl<T: Copy> Poller<T> {
         }
     }
 
-    /// Waits for events at most that long, for ever without a timeout.
-    pub fn wait(&mut self, timeout: Option<Duration>) -> Result<(), Errno> {
-        let timeout = timeout.map(|timeout| Timespec {
-            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: i64::from(timeout.subsec_nanos()),
-        });
+    /// Waits for events at most that long from `now` on, for ever without a timeout.
+    pub fn wait(&mut self, now: Time, timeout: Option<Duration>) -> Result<(), Errno> {
+        let is_far = |timeout: &Duration| *timeout >= ALARM_MIN;
+        let timeout = match timeout.filter(is_far) {
+            Some(timeout) if self.alarm.set(now, now + timeout) => None,
+            Some(_) | None => timeout,
+        };
+        let timeout = timeout.map(timespec);
         self.events.clear();
         let room = rustix::buffer::spare_capacity(&mut self.events);
-        match wait(&self.epoll, room, timeout.as_ref()) {
+        let waited = wait(&self.epoll, room, timeout.as_ref());
+        self.is_calm = self.events.len() <= 1;
+        match waited {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// Whether the last wait told of one event at most: nothing else had happened to what is watched,
+    /// and that was a moment ago.
+    pub fn is_calm(&self) -> bool {
+        self.is_calm
     }
 
     /// The events of the last wait, one by one; those without a target are passed over.
@@ -195,7 +245,7 @@ mod tests {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         let token = poller.watch(&theirs, 7).unwrap();
         ours.write_all(b"x").unwrap();
-        poller.wait(Some(Duration::from_secs(5))).unwrap();
+        poller.wait(Time::default(), Some(Duration::from_secs(5))).unwrap();
         poller.unwatch(&theirs, token);
         assert!(poller.pop_event().is_none());
     }
@@ -207,10 +257,10 @@ mod tests {
         poller.watch(&theirs, 7).unwrap();
         for _ in 0..2 {
             ours.write_all(b"x").unwrap();
-            poller.wait(Some(Duration::from_secs(5))).unwrap();
+            poller.wait(Time::default(), Some(Duration::from_secs(5))).unwrap();
             let (target, readiness) = poller.pop_event().unwrap();
             assert!(target == 7 && readiness.is_readable() && readiness.is_writable());
-            poller.wait(Some(Duration::ZERO)).unwrap();
+            poller.wait(Time::default(), Some(Duration::ZERO)).unwrap();
             assert!(poller.pop_event().is_none());
         }
     }

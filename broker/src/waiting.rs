@@ -19,6 +19,9 @@
 //!   a writer that is read while it writes pays for it. A source falls asleep when nothing came for
 //!   [`PATIENCE_NAPS`] naps.
 //!
+//! An awake source that brings nothing but requests is worth no nap: before the loop sleeps it is
+//! armed as if it were asleep.
+//!
 //! What is urgent (requests, control messages, a producer that found its ring full) ends a nap at
 //! once; a nap is a wait for events with a short timeout. Where less than [`NAP_MIN`] would remain to
 //! nap, the loop looks again at once instead: a timer cannot hit that.
@@ -58,6 +61,8 @@ use crate::timers::Time;
 pub struct Pace {
     is_awake: bool,
     found_at: Time,
+    /// When a one-way message was last among what was found.
+    one_way_at: Option<Time>,
     looked_at: Time,
     /// Between two moments at which something was found, on average.
     gap: Duration,
@@ -77,6 +82,7 @@ impl Pace {
         Pace {
             is_awake: false,
             found_at: now,
+            one_way_at: None,
             looked_at: now,
             gap: GAP_MAX,
             found_bytes: 0,
@@ -93,6 +99,17 @@ impl Pace {
     /// How long it may be left alone.
     pub fn nap(&self) -> Duration {
         self.nap
+    }
+
+    /// Whether one-way messages come by it, so that it is worth a nap. Where only requests come, which
+    /// ring in any case, a timer would be for nothing.
+    pub fn is_worth_a_nap(&self, now: Time, nap_max: Duration) -> bool {
+        self.one_way_at.is_some_and(|at| now.since(at) <= nap_max * PATIENCE_NAPS)
+    }
+
+    /// One-way messages are among what is taken from it.
+    pub fn handle_one_way(&mut self, now: Time) {
+        self.one_way_at = Some(now);
     }
 
     /// `bytes` were taken from it. True: it is awake from now on, and was not before.
@@ -182,13 +199,13 @@ impl Waiting {
         now >= self.look_at
     }
 
-    /// What to do at the end of a turn that left no work, while something is awake or not.
-    pub fn plan(&self, now: Time, has_awake: bool) -> Wait {
+    /// What to do at the end of a turn that left no work, while something is worth a nap or not.
+    pub fn plan(&self, now: Time, is_worth_a_nap: bool) -> Wait {
         if self.is_polling(now) {
             return Wait::Poll;
         }
         match self.look_at.since(now) {
-            _ if !has_awake => Wait::Sleep,
+            _ if !is_worth_a_nap => Wait::Sleep,
             nap if nap < NAP_MIN => Wait::Poll,
             nap => Wait::Nap(nap),
         }

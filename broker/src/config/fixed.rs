@@ -205,6 +205,9 @@ pub const SHARD_TIMEOUT: Duration = s(5);
 /// The longest question on the admin socket, in bytes.
 pub const QUESTION_BYTES_MAX: usize = 256;
 
+/// From this on a wait is ended by a timer that stays set over many waits.
+pub const ALARM_MIN: Duration = ms(5);
+
 /// Events taken per turn.
 pub const EVENTS_MAX: usize = 256;
 

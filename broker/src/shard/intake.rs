@@ -141,6 +141,7 @@ impl Route {
 struct Taken {
     messages: usize,
     bytes: usize,
+    has_one_way: bool,
     /// Where the messages staged and not yet accepted go.
     run: Option<Route>,
 }
@@ -188,6 +189,9 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> (Serve
         }
     };
     source.credit.pay(taken.messages, taken.bytes);
+    if let Some(pace) = source.pace.as_mut().filter(|_| taken.has_one_way) {
+        pace.handle_one_way(desk.now);
+    }
     accept(desk, &mut source.session, id, &mut taken);
     if let Some(ring) = &source.ring {
         // From here on upstreams may send it.
@@ -326,6 +330,7 @@ fn push(
         accept(desk, session, id, taken);
         pushed = stage(&mut desk.upstreams[upstream]);
     }
+    taken.has_one_way = true;
     match pushed {
         Push::Staged => {
             taken.run.get_or_insert(route);

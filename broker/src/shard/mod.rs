@@ -274,7 +274,7 @@ impl Shard {
         set_current_timer_slack(NonZeroU64::new(1))?;
         loop {
             let timeout = self.timeout();
-            self.poller.wait(timeout)?;
+            self.poller.wait(self.now, timeout)?;
             self.read_clock();
             self.handle_events();
             self.look();

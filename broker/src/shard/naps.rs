@@ -102,21 +102,31 @@ impl Shard {
             });
             self.waiting.handle_looked(look_at.min().unwrap_or(looked_at));
         }
-        match self.waiting.plan(self.now, has_awake) {
+        let (now, delay_max) = (self.now, self.limits.delay_max);
+        let mut awake = self.sources.awake.iter().filter_map(|id| self.sources.table.get(*id));
+        let is_worth_a_nap = awake.any(|source| {
+            source.pace.as_ref().is_some_and(|pace| pace.is_worth_a_nap(now, delay_max))
+        });
+        match self.waiting.plan(now, is_worth_a_nap) {
             Wait::Poll => Some(Duration::ZERO),
+            Wait::Sleep | Wait::Nap(_) if !self.arm_awake() => Some(Duration::ZERO),
             Wait::Sleep => None,
-            Wait::Nap(nap) if self.arm_for_nap() => Some(nap),
-            Wait::Nap(_) => Some(Duration::ZERO),
+            Wait::Nap(nap) => Some(nap),
         }
     }
 
-    /// Makes sure that what is urgent ends the nap; false if something is there already.
-    fn arm_for_nap(&mut self) -> bool {
+    /// Makes sure that what is urgent ends the wait, and everything of a source that is not napped
+    /// for; false if something is there already.
+    fn arm_awake(&mut self) -> bool {
+        let (now, delay_max) = (self.now, self.limits.delay_max);
         let mut is_quiet = true;
         for at in 0..self.sources.awake.len() {
             let id = self.sources.awake[at];
             let Some(source) = self.sources.table.get_mut(id) else { continue };
-            if !is_armed(source, Bell::Urgent) {
+            let is_napped_for =
+                source.pace.as_ref().is_some_and(|pace| pace.is_worth_a_nap(now, delay_max));
+            let bell = if is_napped_for { Bell::Urgent } else { Bell::Everything };
+            if !is_armed(source, bell) {
                 is_quiet = false;
                 self.sources.make_ready(id);
             }

@@ -293,7 +293,9 @@ impl Upstream {
 
     fn begin_writing(&mut self, cx: &mut Context<'_>, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        let has_rested = socket.exchange.begun() == 0;
+        // What the last wait did not tell of it had not happened a moment ago.
+        let is_known = cx.poller.is_calm() && socket.is_watched && !socket.is_readable;
+        let has_rested = socket.exchange.begun() == 0 && !is_known;
         let checked = match self.config.url.protocol {
             Protocol::Tcp if has_rested => tcp::check_reusable(&socket.fd),
             // What came late is known by its id.
