@@ -24,7 +24,11 @@ use crate::timers::Time;
 /// What is asked of a datagram socket that has room; the other end and errors show anyway.
 const INPUT: EventFlags = EventFlags::IN.union(EventFlags::ET);
 
-/// What is asked of a source or connection.
+/// What is asked of a source. A Unix socket would tell of room whenever its peer reads, at the cost of
+/// the peer.
+const SOURCE: EventFlags = INPUT.union(EventFlags::RDHUP);
+
+/// What is asked of a connection, and of a source that was full.
 const WATCHED: EventFlags = INPUT.union(EventFlags::OUT).union(EventFlags::RDHUP);
 
 new_key_type! {
@@ -121,6 +125,16 @@ impl<T: Copy> Poller<T> {
         add(&epoll, &timer, EventData::new_u64(token.data().as_ffi()), INPUT)?;
         let alarm = Alarm { timer, at: None };
         Ok(Poller { epoll, targets: SlotMap::with_key(), events, is_calm: false, alarm })
+    }
+
+    /// Watches a source for reading, by edges.
+    pub fn watch_source(&mut self, fd: impl AsFd, target: T) -> Result<Token, Errno> {
+        self.add(fd, target, SOURCE)
+    }
+
+    /// Watches a source for room, too, or not any more; room that is there is reported.
+    pub fn set_source_room_watched(&self, fd: impl AsFd, token: Token, is_watched: bool) {
+        self.modify(fd, token, if is_watched { WATCHED } else { SOURCE });
     }
 
     /// Watches a descriptor for reading and writing, by edges.
@@ -248,6 +262,18 @@ mod tests {
         poller.wait(Time::default(), Some(Duration::from_secs(5))).unwrap();
         poller.unwatch(&theirs, token);
         assert!(poller.pop_event().is_none());
+    }
+
+    #[test]
+    fn a_source_tells_of_room_only_while_that_is_watched_for() {
+        let mut poller = Poller::new().unwrap();
+        let (_ours, theirs) = UnixStream::pair().unwrap();
+        let token = poller.watch_source(&theirs, 7).unwrap();
+        for is_watched in [true, false] {
+            poller.set_source_room_watched(&theirs, token, is_watched);
+            poller.wait(Time::default(), Some(Duration::ZERO)).unwrap();
+            assert_eq!(poller.pop_event().is_some(), is_watched);
+        }
     }
 
     #[test]

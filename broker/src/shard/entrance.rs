@@ -132,6 +132,7 @@ impl Shard {
             is_ending: false,
             is_hung_up: false,
             credit: Credit::default(),
+            waits_for_room: false,
             is_ready: false,
             is_blocked: false,
             is_held: false,
@@ -162,7 +163,7 @@ impl Shard {
             Io::Unix(_) | Io::Socketpair(_) => None,
         };
         let id = self.sources.table.insert(source);
-        let watched = self.poller.watch(&self.sources.table[id].io, Target::Source(id));
+        let watched = self.poller.watch_source(&self.sources.table[id].io, Target::Source(id));
         match watched {
             Ok(token) => {
                 self.sources.table[id].token = token;

@@ -373,6 +373,9 @@ impl Shard {
         };
         source.is_hung_up |= readiness.is_hung_up();
         source.is_ending |= readiness.is_ending();
+        if readiness.is_writable() && std::mem::take(&mut source.waits_for_room) {
+            self.poller.set_source_room_watched(&source.io, source.token, false);
+        }
         if readiness.is_readable() {
             source.is_readable = true;
             self.sources.make_ready(id);
@@ -551,6 +554,12 @@ impl Shard {
             for id in due {
                 if self.sources.pump(id) {
                     self.end(id);
+                }
+            }
+            for id in std::mem::take(&mut self.sources.full) {
+                if let Some(source) = self.sources.table.get_mut(id) {
+                    source.waits_for_room = true;
+                    self.poller.set_source_room_watched(&source.io, source.token, true);
                 }
             }
         }

@@ -27,7 +27,7 @@ use crate::stats::Settled;
 use crate::timers::{Deadlines, Time};
 use crate::transport::Io;
 use crate::transport::ring::Ring;
-use crate::transport::unix::Flushed;
+use crate::transport::unix::{Flushed, Stream};
 use crate::waiting::Pace;
 
 /// One source of messages.
@@ -53,6 +53,8 @@ pub struct Source {
     pub is_hung_up: bool,
     /// What it may take in its turns.
     pub credit: Credit,
+    /// Its socket was full, and is watched for room.
+    pub waits_for_room: bool,
     /// Among the ready ones.
     pub is_ready: bool,
     /// Waits for an upstream's queue.
@@ -151,6 +153,8 @@ pub struct Sources {
     pub table: SlotMap<SourceId, Source>,
     ready: VecDeque<SourceId>,
     due: Vec<SourceId>,
+    /// Those whose sockets took no more.
+    pub full: Vec<SourceId>,
     starved: Vec<SourceId>,
     /// Those that the loop looks at by itself.
     pub awake: Vec<SourceId>,
@@ -165,6 +169,7 @@ impl Sources {
             table: SlotMap::with_key(),
             ready: VecDeque::new(),
             due: Vec::new(),
+            full: Vec::new(),
             starved: Vec::new(),
             awake: Vec::new(),
             deadlines: Deadlines::new(),
@@ -418,6 +423,13 @@ impl Sources {
         };
         let was_overfull = is_overfull(source);
         let flushed = source.flush();
+        let is_socket_full = match source.ring {
+            None => flushed == Flushed::WouldBlock,
+            Some(_) => source.io.stream().is_some_and(Stream::is_passing),
+        };
+        if is_socket_full && !source.waits_for_room {
+            self.full.push(id);
+        }
         if flushed == Flushed::Gone {
             // Nobody reads replies any more; what was written before is still read to its end.
             source.is_hung_up = true;

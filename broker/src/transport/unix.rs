@@ -208,6 +208,11 @@ impl Stream {
         true
     }
 
+    /// Whether something waits that goes by the socket itself.
+    pub fn is_passing(&self) -> bool {
+        !self.passing.is_empty()
+    }
+
     /// Writes what goes by the socket itself; only what was begun, where `begun` says so.
     fn flush_passing(&mut self, begun: bool) -> Flushed {
         while let Some(passing) = self.passing.front_mut() {
