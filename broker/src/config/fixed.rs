@@ -149,6 +149,9 @@ pub const BENCH_BURST_CLIENTS: u64 = 15_000;
 /// Events that the loops of `bench requests` take at once.
 pub const BENCH_EVENTS: usize = 256;
 
+/// Until when `bench requests` borrows connections: longer than it uses them.
+pub const BENCH_LEASE: Duration = s(30);
+
 /// Bytes of each ring of a client of `bench requests`: the least.
 pub const BENCH_SESSION_RING_BYTES: usize = 256 * KIB;
 

@@ -26,6 +26,8 @@ pub enum Way {
     Direct,
     Unix,
     Ring,
+    /// On connections borrowed from the broker.
+    Leased,
     By(Proxy),
 }
 
@@ -36,6 +38,8 @@ pub struct Shape {
     pub clients: usize,
     pub depth: usize,
     pub is_short: bool,
+    /// Nothing is asked: connections are opened or borrowed, and closed or given back.
+    pub is_empty: bool,
     /// Everything on one processor.
     pub is_one_core: bool,
 }
@@ -133,7 +137,7 @@ impl Arena {
         let has_backend = self.backends.contains_key(&(talk, is_brokers(way)));
         match way {
             Way::By(proxy) => has_backend && self.proxies.contains_key(&(proxy, talk)),
-            Way::Direct | Way::Unix | Way::Ring => has_backend,
+            Way::Direct | Way::Unix | Way::Ring | Way::Leased => has_backend,
         }
     }
 
@@ -149,6 +153,7 @@ impl Arena {
             Way::Direct => Goal::Tcp(address),
             Way::Unix => Goal::Frames { runtime_dir: runtime_dir(), upstream: upstream() },
             Way::Ring => Goal::Ring { runtime_dir: runtime_dir(), upstream: upstream() },
+            Way::Leased => Goal::Leased { runtime_dir: runtime_dir(), upstream: upstream() },
             Way::By(_) => Goal::Unix(proxy.map(|(_, path)| path.clone()).unwrap_or_default()),
         };
         let spec = SessionsSpec {
@@ -157,11 +162,12 @@ impl Arena {
             clients: shape.clients,
             depth: shape.depth,
             is_short: shape.is_short,
+            is_empty: shape.is_empty,
         };
         let mut clients = Helper::start("bench-sessions")?;
         let between = match way {
             Way::Direct => None,
-            Way::Unix | Way::Ring => Some((broker.cpu, broker.child.child().id())),
+            Way::Unix | Way::Ring | Way::Leased => Some((broker.cpu, broker.child.child().id())),
             Way::By(_) => proxy.map(|(server, _)| (server.cpu, server.id())),
         };
         let everyone = [Some(clients.id()), Some(backend.id()), between.map(|(_, id)| id)];
@@ -203,14 +209,14 @@ impl Arena {
     fn proxy(&self, way: Way, talk: Talk) -> Option<&(Server, PathBuf)> {
         match way {
             Way::By(proxy) => self.proxies.get(&(proxy, talk)),
-            Way::Direct | Way::Unix | Way::Ring => None,
+            Way::Direct | Way::Unix | Way::Ring | Way::Leased => None,
         }
     }
 }
 
 fn is_brokers(way: Way) -> bool {
     match way {
-        Way::Unix | Way::Ring => true,
+        Way::Unix | Way::Ring | Way::Leased => true,
         Way::Direct | Way::By(_) => false,
     }
 }

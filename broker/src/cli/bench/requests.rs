@@ -29,7 +29,8 @@ use crate::config::{
 /// Paths: direct (TCP), unix and ring (this broker, at most 8 connections), haproxy, nginx and
 /// nutcracker where they are installed, by Unix sockets. Shapes: clients=N, each with one request at a
 /// time; depth=N with several; short (connect, one request, close); burst (15,000 of these); one-core
-/// (everything on one processor).
+/// (everything on one processor);
+/// acquire (no request: connect and close, or leased: borrow and give back).
 #[derive(Debug, Args)]
 #[command(after_help = after_help(EXAMPLES))]
 pub struct Requests {
@@ -76,6 +77,9 @@ const GOALS: &[Goal] = &[
     },
     latency("unix/echo/clients=1/one-core", 1.85),
     latency("ring/echo/clients=1/one-core", 1.5),
+    latency("leased/echo/clients=1/one-core", 1.0),
+    // A part of a connect is done after it has returned, so time is taken by the rate.
+    rate("leased/echo/clients=1/acquire/one-core", 1.0 / 0.6),
     Goal {
         case: "unix/redis/clients=256/beside=nutcracker",
         metric: Metric::BrokerCpuNs,
@@ -114,13 +118,16 @@ const NUTCRACKER: Way = Way::By(Proxy::Nutcracker);
 
 const ALL_ECHO: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, HAPROXY, NGINX];
 const ALL_REDIS: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, HAPROXY, NUTCRACKER];
+const ONE_CORE: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, Way::Leased, HAPROXY, NGINX];
+const LEASE: &[Way] = &[Way::Direct, Way::Leased];
 /// A ring is more than one request is worth.
 const SHORT_ECHO: &[Way] = &[Way::Direct, Way::Unix, HAPROXY, NGINX];
 const SHORT_REDIS: &[Way] = &[Way::Direct, Way::Unix, HAPROXY, NUTCRACKER];
 
 impl Scene {
     fn new(talk: Talk, clients: usize) -> Self {
-        let shape = Shape { talk, clients, depth: 1, is_short: false, is_one_core: false };
+        let shape =
+            Shape { talk, clients, depth: 1, is_short: false, is_empty: false, is_one_core: false };
         let ways = if talk == Talk::Echo { ALL_ECHO } else { ALL_REDIS };
         Scene { shape, is_burst: false, ways }
     }
@@ -145,11 +152,21 @@ impl Scene {
     fn one_core(talk: Talk) -> Self {
         let mut scene = Scene::new(talk, 1);
         scene.shape.is_one_core = true;
+        if talk == Talk::Echo {
+            scene.ways = ONE_CORE;
+        }
+        scene
+    }
+
+    fn lease() -> Self {
+        let mut scene = Scene::one_core(Talk::Echo);
+        scene.shape.is_empty = true;
+        scene.ways = LEASE;
         scene
     }
 
     fn name(&self, way: Way) -> String {
-        let Shape { talk, clients, depth, is_short, is_one_core } = self.shape;
+        let Shape { talk, clients, depth, is_short, is_empty, is_one_core } = self.shape;
         let mut name = format!("{}/{}/clients={clients}", way_name(way), talk_name(talk));
         if depth > 1 {
             name += &format!("/depth={depth}");
@@ -158,6 +175,9 @@ impl Scene {
             name += "/burst";
         } else if is_short {
             name += "/short";
+        }
+        if is_empty {
+            name += "/acquire";
         }
         if is_one_core {
             name += "/one-core";
@@ -181,6 +201,7 @@ fn way_name(way: Way) -> &'static str {
         Way::Direct => "direct",
         Way::Unix => "unix",
         Way::Ring => "ring",
+        Way::Leased => "leased",
         Way::By(proxy) => proxy.name(),
     }
 }
@@ -198,6 +219,9 @@ fn scenes(full: bool) -> Vec<Scene> {
         if full || talk == Talk::Echo {
             scenes.push(Scene::one_core(talk));
             scenes.push(Scene::burst(talk));
+        }
+        if talk == Talk::Echo {
+            scenes.push(Scene::lease());
         }
     }
     scenes
@@ -259,7 +283,7 @@ impl Course {
             let name = scene.name(*way);
             match way {
                 Way::Direct => self.note(&name, run, None),
-                Way::Unix | Way::Ring | Way::By(_) => {
+                Way::Unix | Way::Ring | Way::Leased | Way::By(_) => {
                     self.note(&name, run, Some(("direct", &direct)));
                 }
             }

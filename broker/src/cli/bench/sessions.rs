@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::thread;
 
 use clap::Args;
-use poolbroker_client::{Client, Transport, Upstream};
+use poolbroker_client::{Client, Lease, Transport, Upstream};
 use poolbroker_proto::frame::{Deframer, FrameHeader, Kind, hello};
 use poolbroker_proto::message::{ClientMessage, encode};
 use rustix::buffer::spare_capacity;
@@ -28,7 +28,9 @@ use super::clock::{now_ns, own_cpu_ns};
 use super::helper::{Orders, answer};
 use super::sink::Histogram;
 use crate::cli::exit::{CommandError, Exit};
-use crate::config::{BENCH_EVENTS, BENCH_READ_BYTES, BENCH_SESSION_RING_BYTES, BENCH_TIMEOUT};
+use crate::config::{
+    BENCH_EVENTS, BENCH_LEASE, BENCH_READ_BYTES, BENCH_SESSION_RING_BYTES, BENCH_TIMEOUT,
+};
 
 /// Serve `poolbroker bench requests` as its clients.
 #[derive(Debug, Args)]
@@ -45,6 +47,8 @@ pub enum Goal {
     Frames { runtime_dir: PathBuf, upstream: String },
     /// Likewise, by rings.
     Ring { runtime_dir: PathBuf, upstream: String },
+    /// On connections that were borrowed from the broker.
+    Leased { runtime_dir: PathBuf, upstream: String },
 }
 
 /// What is said.
@@ -72,6 +76,8 @@ pub struct SessionsSpec {
     pub depth: usize,
     /// A session makes one request and closes.
     pub is_short: bool,
+    /// Nothing is asked: a connection is opened, or borrowed, and closed, or given back.
+    pub is_empty: bool,
 }
 
 /// Every other order: ask. Answered by [`Asked`].
@@ -140,6 +146,12 @@ enum Line {
         client: Client,
         upstream: Upstream,
     },
+    /// A borrowed connection: given back at the end.
+    Leased {
+        socket: OwnedFd,
+        begun: Vec<u8>,
+        _lease: Lease,
+    },
     /// It will connect anew.
     Closed,
 }
@@ -155,6 +167,7 @@ struct Load {
     replies: u64,
     /// Of those: what the only client has waited for.
     rested: u64,
+    lender: Option<Upstream>,
 }
 
 impl Load {
@@ -168,6 +181,7 @@ impl Load {
             latencies: Histogram::default(),
             replies: 0,
             rested: 0,
+            lender: None,
             spec,
         };
         for at in 0..load.spec.clients {
@@ -178,10 +192,12 @@ impl Load {
                     let upstream = client.upstream(upstream).map_err(other)?;
                     Line::Ring { client, upstream }
                 }
-                Goal::Tcp(_) | Goal::Unix(_) | Goal::Frames { .. } => Line::Closed,
+                Goal::Tcp(_) | Goal::Unix(_) | Goal::Frames { .. } | Goal::Leased { .. } => {
+                    Line::Closed
+                }
             };
             load.sessions.push(Session { line, pending: VecDeque::new() });
-            if !load.spec.is_short {
+            if !load.spec.is_short && !load.spec.is_empty {
                 load.connect(at)?;
                 load.flush(at)?;
             }
@@ -213,10 +229,50 @@ impl Load {
                 stream.into()
             }
             Goal::Ring { .. } => return Ok(()),
+            Goal::Leased { .. } => {
+                let lease = self.lender()?.lease(BENCH_LEASE).map_err(other)?;
+                let stream = lease.tcp().ok_or_else(|| io::Error::other("no TCP connection"))?;
+                let socket = OwnedFd::from(stream.try_clone()?);
+                let data = epoll::EventData::new_u64(at as u64);
+                epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN)?;
+                self.sessions[at].line = Line::Leased { socket, begun: Vec::new(), _lease: lease };
+                return Ok(());
+            }
         };
         let data = epoll::EventData::new_u64(at as u64);
         epoll::add(&self.epoll, &socket, data, epoll::EventFlags::IN)?;
         self.sessions[at].line = Line::Socket { socket, begun: Vec::new() };
+        Ok(())
+    }
+
+    /// The upstream that lends connections.
+    fn lender(&mut self) -> io::Result<Upstream> {
+        if let Some(lender) = &self.lender {
+            return Ok(lender.clone());
+        }
+        let Goal::Leased { runtime_dir, upstream } = &self.spec.goal else {
+            return Err(io::Error::other("nothing is borrowed here"));
+        };
+        let client = Client::connect_in(runtime_dir).map_err(other)?;
+        Ok(self.lender.insert(client.upstream(upstream).map_err(other)?).clone())
+    }
+
+    /// Opens and closes, or borrows and gives back, one connection after the other.
+    fn open_and_close(&mut self, end_ns: u64) -> io::Result<()> {
+        while now_ns() < end_ns {
+            let begun_ns = now_ns();
+            match &self.spec.goal {
+                Goal::Tcp(address) => drop(TcpStream::connect(address)?),
+                Goal::Unix(path) => drop(connect_unix(path)?),
+                Goal::Frames { .. } | Goal::Ring { .. } => {}
+                Goal::Leased { .. } => {
+                    let lease = self.lender()?.lease(BENCH_LEASE).map_err(other)?;
+                    lease.release().map_err(other)?;
+                }
+            }
+            self.latencies.count(now_ns() - begun_ns);
+            self.replies += 1;
+        }
         Ok(())
     }
 
@@ -225,6 +281,10 @@ impl Load {
         self.replies = 0;
         let (start_ns, start_cpu_ns) = (now_ns(), own_cpu_ns());
         let end_ns = start_ns.saturating_add(order.span_ns);
+        if self.spec.is_empty {
+            self.open_and_close(end_ns)?;
+            return Ok(self.asked(start_ns, start_cpu_ns));
+        }
         let give_up_ns = end_ns.saturating_add(BENCH_TIMEOUT.as_nanos() as u64);
         let mut begun = 0;
         for at in 0..self.spec.clients {
@@ -268,10 +328,14 @@ impl Load {
                 return Err(io::Error::other(format!("{left} requests were never answered")));
             }
         }
+        Ok(self.asked(start_ns, start_cpu_ns))
+    }
+
+    fn asked(&self, start_ns: u64, start_cpu_ns: u64) -> Asked {
         let (elapsed_ns, cpu_ns) = (now_ns() - start_ns, own_cpu_ns() - start_cpu_ns);
         let percentile = |percent| self.latencies.percentile(percent);
         let (p50_ns, p99_ns) = (percentile(50), percentile(99));
-        Ok(Asked { requests: self.replies, cpu_ns, elapsed_ns, p50_ns, p99_ns })
+        Asked { requests: self.replies, cpu_ns, elapsed_ns, p50_ns, p99_ns }
     }
 
     /// A session that had `new` replies asks as many times again.
@@ -328,7 +392,7 @@ impl Load {
     }
 
     fn flush(&mut self, at: usize) -> io::Result<()> {
-        if let Line::Socket { socket, .. } = &self.sessions[at].line
+        if let Line::Socket { socket, .. } | Line::Leased { socket, .. } = &self.sessions[at].line
             && !self.out.is_empty()
         {
             // What one session has under way is far less than a socket holds.
@@ -376,7 +440,11 @@ impl Load {
     /// Reads what came by a socket; how many replies that completes.
     fn read(&mut self, at: usize) -> io::Result<u64> {
         let Some(session) = self.sessions.get_mut(at) else { return Ok(0) };
-        let Line::Socket { socket, begun } = &mut session.line else { return Ok(0) };
+        let (Line::Socket { socket, begun } | Line::Leased { socket, begun, .. }) =
+            &mut session.line
+        else {
+            return Ok(0);
+        };
         self.block.clear();
         self.block.append(begun);
         match recv(&*socket, spare_capacity(&mut self.block), RecvFlags::DONTWAIT) {
