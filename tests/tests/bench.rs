@@ -100,3 +100,16 @@ fn a_case_that_does_not_exist_is_told_how_names_look() {
     let told = String::from_utf8_lossy(&output.stderr);
     assert!(told.contains("ring/producers=1/size=64"), "{told}");
 }
+
+#[test]
+fn requests_compares_the_broker_with_a_direct_connection_and_counts_what_the_backend_sees() {
+    let results = results(&["requests", "--case", "unix/echo/clients=64"]);
+    for metric in ["requests_per_s", "p50_us", "p99_us", "client_cpu_ns", "broker_cpu_ns"] {
+        let measured = figure(&results, "unix/echo/clients=64", metric);
+        assert_eq!(measured["baseline"], "direct");
+        assert!(measured["median"].as_f64() > Some(0.0), "{measured:#}");
+    }
+    let seen = |case| figure(&results, case, "backend_connections")["median"].as_f64().unwrap();
+    assert!(seen("unix/echo/clients=64") <= 8.0);
+    assert!((seen("direct/echo/clients=64") - 64.0).abs() < 0.5);
+}

@@ -81,6 +81,8 @@ fn waiters_max() {
     let slow = Manners::Slow(Duration::from_millis(100));
     let (_peer, broker) = serve(slow, "connections_max = 1\nwaiters_max = 2");
     let (client, it) = connect(&broker);
+    // The connection is up: one goes on it, and does not wait.
+    it.request(b"x", LONG).unwrap();
     (0..4).for_each(|_| _ = it.submit(b"x", LONG).unwrap());
     let results: Vec<_> = (0..4).map(|_| client.next_reply(LONG).unwrap().result).collect();
     let refused: Vec<_> = results.iter().filter_map(|result| result.as_ref().err()).collect();
