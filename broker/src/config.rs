@@ -18,7 +18,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use poolbroker_proto::address::{Protocol, UpstreamUrl, check_upstream_name};
+use poolbroker_proto::address::{HostPort, Protocol, UpstreamUrl, check_upstream_name};
 use poolbroker_proto::framing::Framing;
 use poolbroker_proto::reason::Reason;
 use toml::Spanned;
@@ -59,6 +59,8 @@ pub struct UpstreamConfig {
     pub overflow: Overflow,
     /// How connections and requests are spread over its addresses.
     pub balance: Policy,
+    /// Whether each message goes to all of its hosts.
+    pub is_broadcast: bool,
     /// How small messages are joined into datagrams, if they are.
     pub coalesce: Option<Coalesce>,
     /// Whether a request may be repeated though it was sent.
@@ -487,6 +489,7 @@ impl UpstreamConfig {
             url,
             overflow: Overflow::default(),
             balance: Policy::default(),
+            is_broadcast: false,
             coalesce: None,
             is_idempotent: false,
             lends: false,
@@ -496,10 +499,35 @@ impl UpstreamConfig {
         }
     }
 
+    /// The upstreams that send the copies of a broadcast, one for each host; none: it is no broadcast.
+    #[must_use]
+    pub fn copies(&self) -> Vec<UpstreamConfig> {
+        let hosts = self.url.hosts.iter().filter(|_| self.is_broadcast);
+        hosts.map(|host| self.copy_for(host)).collect()
+    }
+
+    fn copy_for(&self, host: &HostPort) -> UpstreamConfig {
+        let url = UpstreamUrl { hosts: vec![host.clone()], ..self.url.clone() };
+        // Not a name that can be opened.
+        let name = format!("{}@{host}", self.name);
+        UpstreamConfig { name, url, fifo: None, ..self.clone() }
+    }
+
+    /// Why it lends no connections, if it lends none.
+    #[must_use]
+    pub fn leases_refused(&self) -> Option<Reason> {
+        match (self.is_broadcast, self.lends) {
+            (true, _) => Some(Reason::Broadcast),
+            (false, true) => None,
+            (false, false) => Some(Reason::NotAllowed),
+        }
+    }
+
     /// Why it takes no requests, if it takes none.
     #[must_use]
     pub fn requests_refused(&self) -> Option<Reason> {
         match (self.url.protocol, self.url.framing) {
+            _ if self.is_broadcast => Some(Reason::Broadcast),
             (Protocol::UdpWriteOnly, _) => Some(Reason::WriteOnly),
             (Protocol::Tcp, Framing::Raw) => Some(Reason::NoFraming),
             (Protocol::Tcp | Protocol::Udp, _) => None,
@@ -574,6 +602,7 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
             "url" => {}
             "overflow" => upstream.overflow = read_overflow(entry)?,
             "balance" => upstream.balance = read_balance(entry)?,
+            "mode" => upstream.is_broadcast = read_mode(entry)?,
             "coalesce" => upstream.coalesce = Some(read_coalesce(entry, upstream.url.protocol)?),
             "fifo" => upstream.fifo = read_fifo(entry)?,
             "idempotent" => upstream.is_idempotent = entry.flag()?,
@@ -584,6 +613,7 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
                 upstream.limits.set(entry.key, entry.value.get_ref()),
                 &[
                     "url",
+                    "mode",
                     "overflow",
                     "balance",
                     "coalesce",
@@ -607,6 +637,14 @@ fn read_overflow(entry: &Entry<'_>) -> Result<Overflow, ConfigError> {
         let names = Overflow::ALL.map(|overflow| overflow.to_string());
         entry.wrong(format!("{text:?} is unknown; there are: {}", names.join(", ")))
     })
+}
+
+fn read_mode(entry: &Entry<'_>) -> Result<bool, ConfigError> {
+    match entry.text()? {
+        "balance" => Ok(false),
+        "broadcast" => Ok(true),
+        text => Err(entry.wrong(format!("{text:?} is unknown; there are: balance, broadcast"))),
+    }
 }
 
 fn read_balance(entry: &Entry<'_>) -> Result<Policy, ConfigError> {

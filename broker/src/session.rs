@@ -318,6 +318,13 @@ impl Session {
         }
     }
 
+    /// A message goes to so many hosts beside the first one.
+    pub fn handle_copies(&mut self, handle: u16, copies: u64) {
+        if let Some(handle) = self.handles.get_mut(usize::from(handle)) {
+            handle.ledger.copies += copies;
+        }
+    }
+
     /// `messages` were accepted and dropped at once, though earlier ones may wait: theirs is no
     /// outcome that a flush waits for.
     pub fn handle_unqueued(&mut self, handle: u16, messages: u64, reason: Reason) {

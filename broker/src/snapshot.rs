@@ -38,6 +38,8 @@ pub struct Snapshot {
 pub struct UpstreamSnapshot {
     /// From the configuration, or the URL of one opened by URL.
     pub name: String,
+    /// Whether its messages go to all of its hosts: they are counted there, under `NAME@HOST:PORT`.
+    pub is_broadcast: bool,
     /// The protocol type.
     pub protocol: &'static str,
     /// What its hosts were resolved to.

@@ -56,8 +56,10 @@ pub enum Settled {
 /// The one-way messages of an upstream, or of one session to one upstream.
 #[derive(Debug, Clone, Default)]
 pub struct Ledger {
-    /// Taken over from a client.
+    /// Taken over from a client. Each copy of a broadcast counts.
     pub accepted: u64,
+    /// Of those: copies beside the first one.
+    pub copies: u64,
     /// Taken whole by the kernel.
     pub sent: u64,
     /// Given up.
@@ -90,6 +92,7 @@ impl Ledger {
     pub fn outcomes(&self) -> Outcomes {
         Outcomes {
             accepted: self.accepted,
+            copies: self.copies,
             sent: self.sent,
             dropped: self.dropped.iter().collect(),
             expired: self.expired,

@@ -119,7 +119,7 @@ impl Tallies {
 
 /// How many messages were taken, by these totals.
 pub(crate) fn taken(totals: &Outcomes) -> u64 {
-    totals.accepted + totals.refused_total()
+    totals.accepted - totals.copies.min(totals.accepted) + totals.refused_total()
 }
 
 fn unsent(totals: &Outcomes) -> u64 {
@@ -140,6 +140,7 @@ fn since(totals: &Outcomes, earlier: &Outcomes) -> Outcomes {
     };
     Outcomes {
         accepted: totals.accepted.saturating_sub(earlier.accepted),
+        copies: totals.copies.saturating_sub(earlier.copies),
         sent: totals.sent.saturating_sub(earlier.sent),
         dropped: counts(&totals.dropped, &earlier.dropped),
         expired: totals.expired.saturating_sub(earlier.expired),
@@ -152,6 +153,7 @@ fn since(totals: &Outcomes, earlier: &Outcomes) -> Outcomes {
 /// Adds the outcomes of further messages.
 fn merge(into: &mut Outcomes, from: Outcomes) {
     into.accepted += from.accepted;
+    into.copies += from.copies;
     into.sent += from.sent;
     into.expired += from.expired;
     into.in_doubt += from.in_doubt;

@@ -135,8 +135,10 @@ pub enum BrokerMessage {
 /// was opened: `accepted = sent + dropped + expired + untold + queued`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcomes {
-    /// Taken by the broker.
+    /// Taken by the broker. Each copy of a broadcast counts.
     pub accepted: u64,
+    /// Of those: copies beside the first one.
+    pub copies: u64,
     /// Taken whole by the kernel.
     pub sent: u64,
     /// Given up, by reason.
@@ -245,6 +247,7 @@ mod tests {
     fn messages_survive_the_wire() {
         let outcomes = Outcomes {
             accepted: 7,
+            copies: 2,
             sent: 3,
             dropped: vec![(Reason::QueueFull, 2)],
             expired: 1,

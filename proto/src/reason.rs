@@ -108,6 +108,8 @@ reasons! {
     ReplyEndsConnection "reply_ends_connection" "the upstream said that it closes the connection behind its reply";
     Stuck "stuck" "the replies of requests that nobody awaits any more did not come either";
     AddressGone "address_gone" "the host name does not resolve to this address any more";
+    // A broadcast.
+    Broadcast "broadcast" "the upstream sends to all of its hosts: it takes sends only";
     // A lease.
     LeaseExpired "lease_expired" "the lease was not given back by its deadline";
     LeaseEnded "lease_ended" "the lease ended without giving the connection back";

@@ -220,6 +220,7 @@ impl Chunk {
 /// Adds the outcomes of further messages.
 pub fn merge(into: &mut Outcomes, from: Outcomes) {
     into.accepted += from.accepted;
+    into.copies += from.copies;
     into.sent += from.sent;
     into.expired += from.expired;
     into.in_doubt += from.in_doubt;
@@ -447,6 +448,7 @@ mod tests {
     fn outcomes_add_up_by_reason() {
         let one = || Outcomes {
             accepted: 5,
+            copies: 0,
             sent: 2,
             dropped: vec![(Reason::TooBig, 1), (Reason::QueueFull, 1)],
             expired: 1,

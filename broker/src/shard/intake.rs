@@ -4,6 +4,7 @@
 //! accepted together. What an upstream cannot take stays in the source's buffer, and what the
 //! buffer cannot take stays in the kernel: that is the flow control.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -324,7 +325,11 @@ fn push(
     if taken.run.is_some_and(|run| run.handle != handle) {
         accept(desk, session, id, taken);
     }
-    let mut pushed = stage(&mut desk.upstreams[upstream]);
+    let copies = desk.upstreams[upstream].copies.clone();
+    let mut pushed = match copies {
+        None => stage(&mut desk.upstreams[upstream]),
+        Some(copies) => push_copies(desk, session, handle, copies, bytes, &mut stage),
+    };
     if pushed == Push::Dropped && taken.run.is_some() {
         // What this run staged has to be accepted before it can make room.
         accept(desk, session, id, taken);
@@ -345,6 +350,41 @@ fn push(
     taken.messages += 1;
     taken.bytes += bytes;
     pushed
+}
+
+/// Hands one message to every host of a broadcast, or to none as long as one of them holds it up.
+fn push_copies(
+    desk: &mut Desk<'_>,
+    session: &mut Session,
+    handle: u16,
+    copies: Range<usize>,
+    bytes: usize,
+    stage: &mut impl FnMut(&mut Upstream) -> Push,
+) -> Push {
+    if copies.clone().any(|copy| desk.upstreams[copy].holds_up(bytes)) {
+        return Push::Full;
+    }
+    for copy in copies.clone() {
+        let outlet = &mut desk.upstreams[copy];
+        match stage(outlet) {
+            Push::Staged => {}
+            Push::Full | Push::Dropped => {
+                drop_unqueued(outlet, session, handle, 1, Reason::QueueFull);
+            }
+            // All of them judge alike, so it is the first one that does.
+            Push::Refused(reason) => return Push::Refused(reason),
+        }
+    }
+    session.handle_copies(handle, copies.len().saturating_sub(1) as u64);
+    Push::Staged
+}
+
+/// Which upstream has to make room before one that was full is tried again: that of a host of a
+/// broadcast.
+pub fn held_up_at(upstreams: &[Upstream], upstream: usize) -> usize {
+    let copies = upstreams[upstream].copies.clone();
+    let full = copies.into_iter().flatten().find(|copy| !upstreams[*copy].pool.has_room_again());
+    full.unwrap_or(upstream)
 }
 
 /// Accepts messages that do not get into the queue of their upstream, and drops them.
@@ -383,17 +423,24 @@ pub fn give_up_buffered(upstreams: &mut [Upstream], source: &mut Source) -> u64 
     if !buffer.is_empty() {
         session.handle_refused(Some(0), Reason::Partial);
     }
-    let outlet = &mut upstreams[upstream];
-    drop_unqueued(outlet, session, 0, messages, Reason::DrainTimeout);
+    let copies = upstreams[upstream].copies.clone().unwrap_or(upstream..upstream + 1);
+    session.handle_copies(0, messages * copies.len().saturating_sub(1) as u64);
+    for outlet in &mut upstreams[copies] {
+        drop_unqueued(outlet, session, 0, messages, Reason::DrainTimeout);
+    }
     messages
 }
 
 /// Ends the run: what was staged is accepted.
 fn accept(desk: &mut Desk<'_>, session: &mut Session, id: SourceId, taken: &mut Taken) {
     if let Some(run) = taken.run.take() {
-        let messages = desk.upstreams[run.upstream()].accept(desk.now, id);
-        session.handle_accepted(run.handle, messages);
-        desk.touched.push(run.upstream());
+        let upstream = run.upstream();
+        let copies = desk.upstreams[upstream].copies.clone();
+        for upstream in copies.unwrap_or(upstream..upstream + 1) {
+            let messages = desk.upstreams[upstream].accept(desk.now, id);
+            session.handle_accepted(run.handle, messages);
+            desk.touched.push(upstream);
+        }
     }
 }
 
@@ -441,6 +488,10 @@ fn record_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &m
             };
             let route = Route::new(handle, upstream);
             match push(desk, session, id, taken, route, record.body_bytes, stage) {
+                // Its copies have outcomes of their own, none of which is that of the record.
+                Push::Staged if desk.upstreams[upstream].copies.is_some() => {
+                    ring.take_settled(&record, false);
+                }
                 Push::Staged => {
                     ring.take(&record, upstream);
                     desk.upstreams[upstream].count_redelivered(u64::from(is_touched));

@@ -222,6 +222,19 @@ impl Shard {
             let seed = seed.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64);
             upstreams.push(Upstream::new(index, upstream, &config.broker, seed));
         }
+        for broadcast in 0..upstreams.len() {
+            let begin = upstreams.len();
+            for copy in upstreams[broadcast].config.copies() {
+                let index = upstreams.len();
+                let seed = seed.wrapping_mul(0x9e37_79b9).wrapping_add(index as u64);
+                let mut upstream = Upstream::new(index, copy, &config.broker, seed);
+                upstream.send_copies_of(broadcast);
+                upstreams.push(upstream);
+            }
+            if upstreams.len() > begin {
+                upstreams[broadcast].copies = Some(begin..upstreams.len());
+            }
+        }
         let longest = upstreams.iter().map(|upstream| upstream.config.limits.message_bytes_max);
         let of_dynamic = UpstreamLimits::of_protocol(Protocol::Tcp).message_bytes_max;
         let longest = longest.max().unwrap_or(0).max(of_dynamic);
@@ -294,6 +307,10 @@ impl Shard {
 
     fn locate_upstreams(&mut self) {
         for (index, upstream) in self.upstreams.iter_mut().enumerate() {
+            // It connects to nobody itself.
+            if upstream.copies.is_some() {
+                continue;
+            }
             let url = &upstream.config.url;
             let (mut names, mut fixed) = (Vec::new(), Vec::new());
             for HostPort { host, port } in &url.hosts {
@@ -503,7 +520,8 @@ impl Shard {
                     if let Some(source) = self.sources.table.get_mut(id) {
                         source.is_blocked = true;
                     }
-                    self.upstreams[upstream].block(id);
+                    let full = intake::held_up_at(&self.upstreams, upstream);
+                    self.upstreams[full].block(id);
                 }
                 Served::Starved => self.sources.starve(id),
                 Served::Ended(reason) => {

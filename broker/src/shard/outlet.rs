@@ -10,6 +10,7 @@ mod lending;
 mod one_way;
 
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
@@ -74,6 +75,10 @@ pub struct Upstream {
     /// Its decisions.
     pub pool: Pool,
     index: usize,
+    /// The upstream for which its messages are counted in sessions: itself, or the broadcast.
+    account: usize,
+    /// The upstreams that send the copies of a broadcast; none: it sends by itself.
+    pub copies: Option<Range<usize>>,
     wire: Wire,
     /// In the order of the pool's.
     lanes: Vec<LaneIo>,
@@ -178,7 +183,7 @@ impl Upstream {
             limits,
             policy: config.balance,
             requests_refused,
-            leases_refused: (!config.lends).then_some(Reason::NotAllowed),
+            leases_refused: config.leases_refused(),
             matching,
             is_idempotent: config.is_idempotent,
             coalescer,
@@ -192,6 +197,8 @@ impl Upstream {
             udp: udp::Sender::new(config.limits.gso_segments_max),
             config,
             index,
+            account: index,
+            copies: None,
             scratch: Vec::new(),
             sockets: SecondaryMap::new(),
             bodies: SecondaryMap::new(),
@@ -206,6 +213,17 @@ impl Upstream {
             icmp_refused: 0,
             redelivered: 0,
         }
+    }
+
+    /// Sends copies of the messages to `broadcast` from now on.
+    pub fn send_copies_of(&mut self, broadcast: usize) {
+        self.account = broadcast;
+    }
+
+    /// Whether a message of `bytes` has to stay in its source for now.
+    pub fn holds_up(&self, bytes: usize) -> bool {
+        self.config.overflow == Overflow::Block
+            && !self.pool.has_room(bytes + self.wire.overhead_bytes())
     }
 
     /// When [`Upstream::handle_timeout`] is due.
@@ -454,6 +472,7 @@ impl Upstream {
         let maxwait = pool.oldest_waiter().map_or(Duration::ZERO, |since| now.since(since));
         UpstreamSnapshot {
             name: self.config.name.clone(),
+            is_broadcast: self.copies.is_some(),
             protocol: self.config.url.protocol.scheme(),
             addresses: pool.health().map(|health| health.remote.to_string()).collect(),
             address_health: pool.health().map(address).collect(),
@@ -529,7 +548,8 @@ impl Upstream {
                     self.lanes[lane].send_buffer.cut(skip, bytes);
                 }
                 Action::Settle { source, settled, messages } => {
-                    cx.sources.settle(source, self.index, settled, messages);
+                    let is_copy = self.account != self.index;
+                    cx.sources.settle(source, self.account, settled, messages, is_copy);
                 }
             }
         }

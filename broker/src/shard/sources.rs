@@ -302,8 +302,16 @@ impl Sources {
 
     // What upstreams report.
 
-    /// Some of a source's messages have their outcome.
-    pub fn settle(&mut self, id: SourceId, upstream: usize, settled: Settled, messages: u64) {
+    /// Some of a source's messages have their outcome; `is_copy`: they are copies of a broadcast, of
+    /// which a ring keeps nothing.
+    pub fn settle(
+        &mut self,
+        id: SourceId,
+        upstream: usize,
+        settled: Settled,
+        messages: u64,
+        is_copy: bool,
+    ) {
         if let Some(source) = self.table.get_mut(id) {
             source.session.handle_settled(upstream, settled, messages);
             self.due.push(id);
@@ -312,7 +320,7 @@ impl Sources {
                 Settled::Dropped(_) | Settled::Expired => true,
                 Settled::InDoubt => return,
             };
-            if let Some(ring) = &mut source.ring {
+            if let Some(ring) = source.ring.as_mut().filter(|_| !is_copy) {
                 ring.settle(upstream, messages, is_unsent);
                 self.make_ready(id);
             }
