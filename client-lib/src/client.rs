@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::Duration;
 
 use poolbroker_proto::address::{UpstreamUrl, check_upstream_name};
@@ -220,6 +220,18 @@ impl Client {
         // No code of a caller runs under the lock, and no step of a session can panic half-way
         // but by a defect: better a session that may be wrong than a second panic.
         Ok(self.inner.session.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The session, unless another thread is in a call now.
+    pub(crate) fn try_lock(&self) -> Option<MutexGuard<'_, Session>> {
+        if self.inner.fork_mark.as_ref().is_some_and(ForkMark::is_in_child) {
+            return None;
+        }
+        match self.inner.session.try_lock() {
+            Ok(session) => Some(session),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// How this client talks to its broker.

@@ -113,7 +113,8 @@ impl Drop for Lease {
             let _ = stream.shutdown(Shutdown::Both);
         }
         drop(socket);
-        if let Ok(mut session) = self.client.lock()
+        // Where that would have to wait, the deadline of the lease ends it.
+        if let Some(mut session) = self.client.try_lock()
             && self.client.session() == self.session
         {
             session.give_up_lease(self.handle, self.id);

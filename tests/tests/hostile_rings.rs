@@ -153,6 +153,7 @@ fn ten_thousand_random_forgeries_harm_nobody_else() {
         scene.forge(at, word);
         if random.u8(0..8) == 0 {
             scene.forge(TAIL, random.u64(0..4096) * 8);
+            scene.hostile.ring_doorbell();
         }
         if scene.hostile.client.is_closed() {
             scene.renew();
