@@ -19,8 +19,8 @@
 //!   a writer that is read while it writes pays for it. A source falls asleep when nothing came for
 //!   [`PATIENCE_NAPS`] naps.
 //!
-//! An awake source that brings nothing but requests is worth no nap: before the loop sleeps it is
-//! armed as if it were asleep.
+//! An awake ring that brings nothing but requests is worth no nap: before the loop sleeps it is armed
+//! as if it were asleep. A pipe cannot be armed while it is awake, and is always worth one.
 //!
 //! What is urgent (requests, control messages, a producer that found its ring full) ends a nap at
 //! once; a nap is a wait for events with a short timeout. Where less than [`NAP_MIN`] would remain to
@@ -61,8 +61,7 @@ use crate::timers::Time;
 pub struct Pace {
     is_awake: bool,
     found_at: Time,
-    /// When a one-way message was last among what was found.
-    one_way_at: Option<Time>,
+    brings: Brings,
     looked_at: Time,
     /// Between two moments at which something was found, on average.
     gap: Duration,
@@ -73,16 +72,28 @@ pub struct Pace {
     nap: Duration,
 }
 
+/// What comes by a source.
+#[derive(Debug, Clone, Copy)]
+pub enum Brings {
+    /// One-way messages alone: by a pipe.
+    OneWay,
+    /// Requests as well, by a ring; one-way messages last came at that time.
+    Requests {
+        /// None came yet.
+        one_way_at: Option<Time>,
+    },
+}
+
 /// The longest gap that counts: a source that comes often again is known after a few messages.
 const GAP_MAX: Duration = STAY_GAP.saturating_mul(4);
 
 impl Pace {
     /// A source of which nothing is known, asleep; `capacity` is how many bytes it holds.
-    pub fn new(now: Time, capacity: usize) -> Self {
+    pub fn new(now: Time, capacity: usize, brings: Brings) -> Self {
         Pace {
             is_awake: false,
             found_at: now,
-            one_way_at: None,
+            brings,
             looked_at: now,
             gap: GAP_MAX,
             found_bytes: 0,
@@ -104,12 +115,19 @@ impl Pace {
     /// Whether one-way messages come by it, so that it is worth a nap. Where only requests come, which
     /// ring in any case, a timer would be for nothing.
     pub fn is_worth_a_nap(&self, now: Time, nap_max: Duration) -> bool {
-        self.one_way_at.is_some_and(|at| now.since(at) <= nap_max * PATIENCE_NAPS)
+        match self.brings {
+            Brings::OneWay => true,
+            Brings::Requests { one_way_at } => {
+                one_way_at.is_some_and(|at| now.since(at) <= nap_max * PATIENCE_NAPS)
+            }
+        }
     }
 
     /// One-way messages are among what is taken from it.
     pub fn handle_one_way(&mut self, now: Time) {
-        self.one_way_at = Some(now);
+        if let Brings::Requests { one_way_at } = &mut self.brings {
+            *one_way_at = Some(now);
+        }
     }
 
     /// `bytes` were taken from it. True: it is awake from now on, and was not before.
@@ -235,7 +253,7 @@ mod tests {
 
     /// Something every `gap` for a second, looked at as the policy says: doorbells and naps.
     fn run(gap_us: u64) -> (u64, u64) {
-        let mut pace = Pace::new(at(0), CAPACITY);
+        let mut pace = Pace::new(at(0), CAPACITY, Brings::OneWay);
         let (mut doorbells, mut naps) = (0, 0);
         let (mut now, mut next_message) = (0, gap_us);
         while now < 1_000_000 {
@@ -273,7 +291,7 @@ mod tests {
 
     #[test]
     fn a_source_that_stops_is_asleep_after_a_few_naps() {
-        let mut pace = Pace::new(at(0), CAPACITY);
+        let mut pace = Pace::new(at(0), CAPACITY, Brings::OneWay);
         for us in 0..100 {
             pace.handle_found(at(us * 100), 100);
         }
@@ -284,9 +302,21 @@ mod tests {
         assert!(!pace.is_awake());
     }
 
+    /// It would be overlooked: awake, it wakes nobody.
+    #[test]
+    fn a_pipe_that_is_awake_is_always_worth_a_nap_and_a_ring_while_one_way_messages_come() {
+        let pipe = Pace::new(at(0), CAPACITY, Brings::OneWay);
+        assert!(pipe.is_worth_a_nap(at(1_000_000), NAP));
+        let mut ring = Pace::new(at(0), CAPACITY, Brings::Requests { one_way_at: None });
+        assert!(!ring.is_worth_a_nap(at(1), NAP));
+        ring.handle_one_way(at(100));
+        assert!(ring.is_worth_a_nap(at(2_100), NAP));
+        assert!(!ring.is_worth_a_nap(at(2_101), NAP));
+    }
+
     #[test]
     fn a_nap_ends_before_more_than_half_is_full() {
-        let mut pace = Pace::new(at(0), CAPACITY);
+        let mut pace = Pace::new(at(0), CAPACITY, Brings::OneWay);
         pace.handle_found(at(100), CAPACITY / 4);
         pace.handle_empty(at(100), NAP);
         assert_eq!(pace.nap(), Duration::from_micros(200));

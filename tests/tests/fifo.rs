@@ -9,6 +9,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, listener_in, total};
@@ -108,6 +109,28 @@ fn a_record_that_is_too_long_is_dropped_to_its_delimiter_and_counted_once() {
     let status = broker.wait_until(|status| refused(status, "too_long") > 0);
     assert_eq!(refused(&status, "too_long"), 1);
     assert_eq!(total(listener_in(&status, "fifo", "logs"), "accepted"), 1);
+}
+
+/// A FIFO that is written so often that the loop looks at it by itself, and brings no message.
+#[test]
+fn a_record_that_is_dropped_is_read_to_its_end_however_it_is_written() {
+    let sink = TcpSink::start();
+    let broker = Broker::builder()
+        .upstream("logs", &sink.url())
+        .config("[limits]\npartial_timeout = \"600s\"\n")
+        .start();
+    let mut fifo = writer(&broker.fifo("logs"));
+    // Not this thread: it would wait for ever for a broker that does not read.
+    thread::spawn(move || {
+        for _ in 0..2_000 {
+            fifo.write_all(&[b'A'; 100]).unwrap();
+            thread::sleep(Duration::from_micros(10));
+        }
+        fifo.write_all(&[b'A'; 1_000_000]).unwrap();
+        fifo.write_all(b"\nOK\n").unwrap();
+    });
+    assert_eq!(sink.wait_for(1), [b"OK"]);
+    broker.wait_until(|status| refused(status, "too_long") == 1);
 }
 
 #[test]

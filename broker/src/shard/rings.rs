@@ -12,7 +12,7 @@ use crate::ids::SourceId;
 use crate::quota::Resource;
 use crate::transport::ring::{NoRing, Ring};
 use crate::transport::unix::Flushed;
-use crate::waiting::Pace;
+use crate::waiting::{Brings, Pace};
 
 impl Shard {
     /// Makes a pair of rings for a client and passes it.
@@ -111,7 +111,8 @@ impl Shard {
             source.is_hung_up = true;
             return Ok(());
         }
-        source.pace = Some(Pace::new(self.now, ring.capacity()));
+        let brings = Brings::Requests { one_way_at: None };
+        source.pace = Some(Pace::new(self.now, ring.capacity(), brings));
         source.doorbell = token;
         source.session.handle_ring();
         source.ring = Some(Box::new(ring));
