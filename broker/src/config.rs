@@ -18,7 +18,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use poolbroker_proto::address::{HostPort, Protocol, UpstreamUrl, check_upstream_name};
+use poolbroker_proto::address::{Host, HostPort, Protocol, UpstreamUrl, check_upstream_name};
 use poolbroker_proto::framing::Framing;
 use poolbroker_proto::reason::Reason;
 use toml::Spanned;
@@ -59,6 +59,8 @@ pub struct UpstreamConfig {
     pub overflow: Overflow,
     /// How connections and requests are spread over its addresses.
     pub balance: Policy,
+    /// The networks in which the addresses of its names may lie; none: any.
+    pub resolve_allow: Vec<IpNet>,
     /// Whether each message goes to all of its hosts.
     pub is_broadcast: bool,
     /// How small messages are joined into datagrams, if they are.
@@ -489,6 +491,7 @@ impl UpstreamConfig {
             url,
             overflow: Overflow::default(),
             balance: Policy::default(),
+            resolve_allow: Vec::new(),
             is_broadcast: false,
             coalesce: None,
             is_idempotent: false,
@@ -602,6 +605,7 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
             "url" => {}
             "overflow" => upstream.overflow = read_overflow(entry)?,
             "balance" => upstream.balance = read_balance(entry)?,
+            "resolve_allow" => upstream.resolve_allow = read_networks(entry)?,
             "mode" => upstream.is_broadcast = read_mode(entry)?,
             "coalesce" => upstream.coalesce = Some(read_coalesce(entry, upstream.url.protocol)?),
             "fifo" => upstream.fifo = read_fifo(entry)?,
@@ -616,6 +620,7 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
                     "mode",
                     "overflow",
                     "balance",
+                    "resolve_allow",
                     "coalesce",
                     "idempotent",
                     "lease",
@@ -850,6 +855,10 @@ fn check_upstream(upstream: &UpstreamConfig) -> Result<(), (&'static str, String
         if let Some(problem) = problem {
             return Err(("pipeline_depth", problem.to_owned()));
         }
+    }
+    let has_name = upstream.url.hosts.iter().any(|at| matches!(at.host, Host::Name(_)));
+    if !upstream.resolve_allow.is_empty() && !has_name {
+        return Err(("resolve_allow", "is for host names, and the URL has none".to_owned()));
     }
     if limits.retransmits > 0 && upstream.url.protocol != Protocol::Udp {
         return Err(("retransmits", "only requests over udp are sent again".to_owned()));

@@ -134,8 +134,8 @@ pub fn run(
     let started = Instant::now();
     let clock = move || Time::from_start(started.elapsed());
     let interval = config.broker.resolve_interval;
-    let resolver = Resolver::start(interval, clock, look_up, move |upstream, addresses| {
-        resolved.send(Command::Resolved { upstream, addresses })
+    let resolver = Resolver::start(interval, clock, look_up, move |report| {
+        resolved.send(Command::Resolved(report))
     })
     .map_err(kernel("the resolver thread"))?;
     let names: Vec<_> = config.upstreams.iter().map(|upstream| upstream.name.clone()).collect();

@@ -46,6 +46,8 @@ pub struct UpstreamSnapshot {
     pub addresses: Vec<String>,
     /// How each of those fares.
     pub address_health: Vec<AddressSnapshot>,
+    /// How its host names were resolved; literal addresses need none.
+    pub names: Vec<NameSnapshot>,
     /// How replies to one-way messages are discarded.
     pub discard: &'static str,
     /// Replies that were discarded.
@@ -115,6 +117,25 @@ pub struct AddressSnapshot {
     pub failures: u32,
     /// Why the last one happened, while there are any.
     pub last_failure: Option<&'static str>,
+}
+
+/// One host name of an upstream.
+#[derive(Debug, Serialize)]
+pub struct NameSnapshot {
+    /// With its port.
+    pub name: String,
+    /// How often it was looked up.
+    pub lookups: u64,
+    /// How often that gave no address that may be used.
+    pub failures: u64,
+    /// How long the last lookup took.
+    pub lookup_ms: u64,
+    /// Since the end of that.
+    pub age_s: u64,
+    /// Addresses that are used of it, from the last lookup that succeeded.
+    pub addresses: usize,
+    /// Why the last one failed.
+    pub error: Option<String>,
 }
 
 /// The leases of one upstream: `asked = granted + refused + waiting` and

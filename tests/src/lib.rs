@@ -6,6 +6,7 @@
 //! | [`broker`] | one running broker in a directory of its own |
 //! | [`deadline`] | waiting for a condition, with an end |
 //! | [`limits`] | the descriptor limit of the test process |
+//! | [`namespace`] | a test with a network and mounts of its own |
 //! | [`peers`] | upstreams: echoes, sinks, rude and silent ones |
 //! | [`raw`] | a client that speaks the protocol as badly as a test wants |
 //! | [`raw_ring`] | the same through rings, every word of which it can forge |
@@ -22,6 +23,7 @@ pub mod binary;
 pub mod broker;
 pub mod deadline;
 pub mod limits;
+pub mod namespace;
 pub mod peers;
 pub mod raw;
 pub mod raw_ring;

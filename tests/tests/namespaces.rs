@@ -4,21 +4,18 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::env;
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use poolbroker_tests::Broker;
-use poolbroker_tests::binary::poolbroker_binary;
 use poolbroker_tests::broker::{count_of, list, total};
 use poolbroker_tests::deadline::wait_for;
+use poolbroker_tests::namespace::inside;
 use poolbroker_tests::peers::{Manners, TcpEcho, UdpEcho, UdpSink};
 use poolbroker_tests::raw::{Answer, RawClient, ask};
 use poolbroker_tests::raw_ring::RawRing;
-
-const INSIDE: &str = "POOLBROKER_TEST_INSIDE_NAMESPACE";
 
 #[test]
 #[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
@@ -211,26 +208,7 @@ fn what_a_full_local_queue_refuses_is_sent_later_or_counted() {
     });
 }
 
-/// Runs `body` in a network namespace with this range of local ports: this test calls itself there
-/// by its `name`.
+/// Runs `body` with this range of local ports.
 fn with_ports(range: &str, name: &str, body: impl FnOnce()) {
-    if env::var_os(INSIDE).is_some() {
-        return body();
-    }
-    let script = format!(
-        "ip link set lo up && echo {range} > /proc/sys/net/ipv4/ip_local_port_range && \
-         exec \"$0\" --ignored --exact {name} --nocapture"
-    );
-    let mut unshare = Command::new("unshare");
-    if !rustix::process::geteuid().is_root() {
-        unshare.arg("--map-root-user");
-    }
-    let status = unshare
-        .args(["--net", "sh", "-c", &script])
-        .arg(env::current_exe().unwrap())
-        .env(INSIDE, "1")
-        .env("POOLBROKER_BIN", poolbroker_binary())
-        .status()
-        .expect("unshare is installed");
-    assert!(status.success(), "{name}, inside: {status}");
+    inside(&format!("echo {range} > /proc/sys/net/ipv4/ip_local_port_range"), name, body);
 }

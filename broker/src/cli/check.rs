@@ -4,10 +4,12 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
+use ipnet::IpNet;
 
 use super::after_help;
 use super::exit::{CommandError, Exit, print};
 use super::table::{Table, stdout_takes_colour};
+use crate::balance::Policy;
 use crate::config::{
     BrokerLimits, Coalesce, Config, Dynamic, LimitRow, UpstreamConfig, UpstreamLimits,
 };
@@ -50,10 +52,9 @@ fn describe(config: &Config, colour: bool) -> String {
             text.push_str(&limits(Coalesce::TABLE, &coalesce.values()).render(colour));
         }
     }
-    let networks: Vec<_> = config.dynamic.allow.iter().map(ToString::to_string).collect();
-    let networks = match networks.is_empty() {
+    let networks = match config.dynamic.allow.is_empty() {
         true => "none".into(),
-        false => networks.join(", "),
+        false => list(&config.dynamic.allow),
     };
     section(&mut text, &format!("[dynamic] networks: {networks}"));
     text.push_str(&limits(Dynamic::TABLE, &config.dynamic.values()).render(colour));
@@ -73,7 +74,36 @@ fn upstream_title(upstream: &UpstreamConfig) -> String {
         Some(fifo) => format!("fifo {} {}", access(fifo.mode, fifo.group.as_deref()), fifo.framing),
         None => "no fifo".into(),
     };
-    format!("[upstream.{}] {}, overflow {}, {fifo}", upstream.name, upstream.url, upstream.overflow)
+    let mut title = format!(
+        "[upstream.{}] {}, overflow {}, {fifo}",
+        upstream.name, upstream.url, upstream.overflow
+    );
+    // Each only where it is not the default.
+    if upstream.is_broadcast {
+        title.push_str(", mode broadcast");
+    }
+    if upstream.balance != Policy::default() {
+        write!(title, ", balance {}", upstream.balance).expect("a String takes every write");
+    }
+    if !upstream.resolve_allow.is_empty() {
+        let networks = list(&upstream.resolve_allow);
+        write!(title, ", names within {networks}").expect("a String takes every write");
+    }
+    if upstream.is_idempotent {
+        title.push_str(", idempotent");
+    }
+    if upstream.lends {
+        title.push_str(", leases");
+    }
+    if !upstream.on_connect.is_empty() {
+        let steps = upstream.on_connect.len();
+        write!(title, ", {steps} on connect").expect("a String takes every write");
+    }
+    title
+}
+
+fn list(networks: &[IpNet]) -> String {
+    networks.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 fn access(mode: u32, group: Option<&str>) -> String {
@@ -119,5 +149,17 @@ mod tests {
             lines[0],
             "[upstream.cache] tcp://127.0.0.1:6379, overflow block, fifo 0600 lines"
         );
+    }
+
+    #[test]
+    fn what_is_not_the_default_is_named() {
+        let text = "[upstream.it]\nurl = \"tcp://a.test:1,b.test:2?framing=resp\"\n\
+                    balance = \"hash\"\nresolve_allow = [\"10.0.0.0/8\"]\nidempotent = true\n\
+                    lease = true\non_connect = [{ send = \"PING\" }]\nfifo = false\n";
+        let config = Config::parse(text, "pb.toml").unwrap();
+        let shown = describe(&config, false);
+        let expected = "[upstream.it] tcp://a.test:1,b.test:2?framing=resp, overflow block, no fifo, \
+                        balance hash, names within 10.0.0.0/8, idempotent, leases, 1 on connect";
+        assert_eq!(shown.lines().next(), Some(expected));
     }
 }

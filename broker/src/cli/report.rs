@@ -40,6 +40,12 @@ pub struct UpstreamReport {
     pub name: String,
     pub protocol: String,
     pub addresses: Vec<String>,
+    #[serde(default)]
+    pub address_health: Vec<AddressReport>,
+    #[serde(default)]
+    pub names: Vec<NameReport>,
+    #[serde(default)]
+    pub leases: LeaseReport,
     pub discard: String,
     pub replies_discarded: u64,
     pub breaker: String,
@@ -62,6 +68,42 @@ pub struct UpstreamReport {
     pub connections: Vec<ConnectionReport>,
     pub connections_opened: u64,
     pub connections_closed: Counts,
+}
+
+/// How one address fares.
+#[derive(Debug, Deserialize)]
+pub struct AddressReport {
+    pub address: String,
+    pub breaker: String,
+    pub outstanding: u64,
+    pub connections: u64,
+    pub failures: u64,
+    pub last_failure: Option<String>,
+}
+
+/// How one host name was resolved.
+#[derive(Debug, Deserialize)]
+pub struct NameReport {
+    pub name: String,
+    pub lookups: u64,
+    pub failures: u64,
+    pub lookup_ms: u64,
+    pub age_s: u64,
+    pub addresses: u64,
+    pub error: Option<String>,
+}
+
+/// What became of leases: `asked = granted + refused + waiting` and
+/// `granted = returned + ended + held`.
+#[derive(Debug, Default, Deserialize)]
+pub struct LeaseReport {
+    pub asked: u64,
+    pub granted: u64,
+    pub returned: u64,
+    pub held: u64,
+    pub waiting: u64,
+    pub refused: Counts,
+    pub ended: Counts,
 }
 
 /// One connection.

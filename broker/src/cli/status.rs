@@ -53,6 +53,9 @@ fn describe(report: &Report, colour: bool) -> String {
     let tables = [
         one_way_table(report),
         request_table(report),
+        lease_table(report),
+        address_table(report),
+        name_table(report),
         connection_table(report),
         listener_table(report),
         session_table(report),
@@ -86,7 +89,7 @@ fn one_way_table(report: &Report) -> Table {
             upstream.name.clone(),
             upstream.protocol.clone(),
             upstream.addresses.join(" "),
-            breaker(upstream),
+            breaker(&upstream.breaker, upstream.last_failure.as_deref()),
             upstream.accepted.to_string(),
             upstream.sent.to_string(),
             counts(&upstream.dropped),
@@ -128,6 +131,74 @@ fn request_table(report: &Report) -> Table {
             upstream.connections_opened.to_string(),
             counts(&upstream.connections_closed),
         ]);
+    }
+    table
+}
+
+/// Of upstreams that were asked for leases.
+fn lease_table(report: &Report) -> Table {
+    let mut table = Table::new(&[
+        "UPSTREAM", "LEASES", "GRANTED", "RETURNED", "HELD", "WAITING", "REFUSED", "ENDED",
+    ]);
+    for upstream in report.upstreams.iter().filter(|upstream| upstream.leases.asked > 0) {
+        let leases = &upstream.leases;
+        table.push(vec![
+            upstream.name.clone(),
+            leases.asked.to_string(),
+            leases.granted.to_string(),
+            leases.returned.to_string(),
+            leases.held.to_string(),
+            leases.waiting.to_string(),
+            counts(&leases.refused),
+            counts(&leases.ended),
+        ]);
+    }
+    table
+}
+
+/// Of upstreams that have several; what the only one does stands beside the upstream.
+fn address_table(report: &Report) -> Table {
+    let mut table =
+        Table::new(&["UPSTREAM", "ADDRESS", "BREAKER", "FAILURES", "OUTSTANDING", "CONNECTIONS"]);
+    for upstream in report.upstreams.iter().filter(|upstream| upstream.address_health.len() > 1) {
+        for address in &upstream.address_health {
+            table.push(vec![
+                upstream.name.clone(),
+                address.address.clone(),
+                breaker(&address.breaker, address.last_failure.as_deref()),
+                address.failures.to_string(),
+                address.outstanding.to_string(),
+                address.connections.to_string(),
+            ]);
+        }
+    }
+    table
+}
+
+fn name_table(report: &Report) -> Table {
+    let mut table = Table::new(&[
+        "UPSTREAM",
+        "NAME",
+        "ADDRESSES",
+        "LOOKUPS",
+        "FAILURES",
+        "TOOK MS",
+        "AGE S",
+        "LAST ERROR",
+    ]);
+    for upstream in &report.upstreams {
+        for name in &upstream.names {
+            table.push(vec![
+                upstream.name.clone(),
+                name.name.clone(),
+                name.addresses.to_string(),
+                name.lookups.to_string(),
+                name.failures.to_string(),
+                name.lookup_ms.to_string(),
+                name.age_s.to_string(),
+                name.error.clone().unwrap_or_else(none),
+            ]);
+        }
     }
     table
 }
@@ -215,10 +286,10 @@ fn session_table(report: &Report) -> Table {
 }
 
 /// "closed", or "open (connect_refused)".
-fn breaker(upstream: &UpstreamReport) -> String {
-    match &upstream.last_failure {
-        Some(reason) => format!("{} ({reason})", upstream.breaker),
-        None => upstream.breaker.clone(),
+fn breaker(stands: &str, last_failure: Option<&str>) -> String {
+    match last_failure {
+        Some(reason) => format!("{stands} ({reason})"),
+        None => stands.to_owned(),
     }
 }
 
@@ -277,7 +348,17 @@ mod tests {
     const ANSWER: &str = r#"{ "version": "0.1.0", "pid": 7, "uptime_s": 61, "runtime_dir": "/run/pb",
         "state": "running",
         "upstreams": [ { "name": "metrics", "protocol": "udp-write-only",
-            "addresses": ["127.0.0.1:8125"], "discard": "filter", "replies_discarded": 9,
+            "addresses": ["127.0.0.1:8125"],
+            "address_health": [
+                { "address": "127.0.0.1:8125", "breaker": "closed", "outstanding": 1,
+                  "connections": 2, "failures": 0, "last_failure": null },
+                { "address": "127.0.0.2:8125", "breaker": "open", "outstanding": 0,
+                  "connections": 0, "failures": 3, "last_failure": "connect_refused" } ],
+            "names": [ { "name": "metrics.test:8125", "lookups": 5, "failures": 1,
+                "lookup_ms": 12, "age_s": 4, "addresses": 2, "error": "it has no address" } ],
+            "leases": { "asked": 9, "granted": 7, "returned": 4, "held": 2, "waiting": 1,
+                "refused": {"lease_timed_out": 1}, "ended": {"client_gone": 1} },
+            "discard": "filter", "replies_discarded": 9,
             "breaker": "open", "last_failure": "no_ports", "accepted": 10, "sent": 6, "dropped": {"too_big": 1},
             "expired": 1, "queued": 2, "in_doubt": 0, "redelivered": 0, "requests": 1,
             "replied": 0, "timed_out": 0, "refused": {"write_only": 1}, "failed": {},
@@ -306,6 +387,10 @@ mod tests {
             "metrics udp-write-only 127.0.0.1:8125 open (no_ports) 10 6 1 (too_big 1) 1 2 0 9 filter",
             "metrics 1 0 0 1 (write_only 1) 0 0 0 0 1 0",
             "metrics udp-write-only one_way 127.0.0.1:8125 127.0.0.1:40000 12 idle 3 6 6 60 0 0 9 -",
+            "metrics 9 7 4 2 1 1 (lease_timed_out 1) 1 (client_gone 1)",
+            "metrics 127.0.0.1:8125 closed 0 1 2",
+            "metrics 127.0.0.2:8125 open (connect_refused) 3 0 0",
+            "metrics metrics.test:8125 2 5 1 12 4 it has no address",
             "fifo metrics 10 0 /run/pb/metrics.fifo",
             "3 99 1000 unix 0 0 0 0",
             "10 accepted = 6 sent + 1 dropped + 1 expired + 2 queued",

@@ -265,6 +265,13 @@ pub const SPARES_MAX: usize = 16;
 /// More addresses of one upstream than this are left out: as many as its URL can name.
 pub const ADDRESSES_MAX: usize = 64;
 
+/// Addresses of one host name that are used.
+pub const ADDRESSES_PER_NAME_MAX: usize = 16;
+
+/// The pause before a name that could not be resolved is looked up again; doubles up to
+/// `resolve_interval`. A host that has just started has its network within seconds.
+pub const RESOLVE_RETRY: Duration = s(1);
+
 /// Requests in a row that time out before their address is ejected, whatever `breaker_failures`
 /// says: one may be slow by itself.
 pub const TIMEOUTS_TO_EJECT_MIN: u32 = 2;

@@ -18,7 +18,6 @@ mod outlet;
 mod rings;
 mod sources;
 
-use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -50,7 +49,7 @@ use crate::snapshot::{ListenerSnapshot, Snapshot, by_reason};
 use crate::stats::Tally;
 use crate::timers::Time;
 use crate::transport::Io;
-use crate::upstream::resolve::Resolver;
+use crate::upstream::resolve::{self, Report, Resolver};
 use crate::waiting::Waiting;
 
 /// What another thread asks of the shard.
@@ -62,13 +61,8 @@ pub enum Command {
     Drain,
     /// End now.
     Stop,
-    /// The host of an upstream was resolved; no addresses: it failed.
-    Resolved {
-        /// Which upstream.
-        upstream: usize,
-        /// Its addresses.
-        addresses: Vec<SocketAddr>,
-    },
+    /// What became of the names of an upstream.
+    Resolved(Report),
 }
 
 /// How a shard ended.
@@ -321,7 +315,12 @@ impl Shard {
             }
             match names.is_empty() {
                 true => upstream.pool.handle_resolved(self.now, fixed),
-                false => self.resolver.watch(index, names, fixed),
+                false => self.resolver.watch(resolve::Request {
+                    upstream: index,
+                    hosts: names,
+                    fixed,
+                    allow: upstream.config.resolve_allow.clone(),
+                }),
             }
         }
     }
@@ -410,8 +409,11 @@ impl Shard {
                 Command::Status(answer) => drop(answer.try_send(self.snapshot())),
                 Command::Drain => self.begin_drain(),
                 Command::Stop => self.stop(),
-                Command::Resolved { upstream, addresses } => {
+                Command::Resolved(Report::Addresses(upstream, addresses)) => {
                     self.upstreams[upstream].pool.handle_resolved(self.now, addresses);
+                }
+                Command::Resolved(Report::Lookup(upstream, lookup)) => {
+                    self.upstreams[upstream].note_lookup(lookup);
                 }
             }
         }

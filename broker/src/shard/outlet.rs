@@ -34,10 +34,11 @@ use crate::inflight::{Matching, Owner};
 use crate::poller::{Poller, Readiness, Token};
 use crate::pool::{Action, Conn, Pool, PoolSettings, Role};
 use crate::snapshot::{
-    AddressSnapshot, ConnectionSnapshot, LeaseSnapshot, UpstreamSnapshot, by_reason,
+    AddressSnapshot, ConnectionSnapshot, LeaseSnapshot, NameSnapshot, UpstreamSnapshot, by_reason,
 };
 use crate::stats::RequestEnd;
 use crate::timers::Time;
+use crate::upstream::resolve::Lookup;
 use crate::upstream::udp::{self, Discard};
 use crate::upstream::{connect_failure, sockopt, tcp};
 
@@ -104,6 +105,8 @@ pub struct Upstream {
     nobuf_backoff: (Duration, Duration),
     icmp_refused: u64,
     redelivered: u64,
+    /// How its names fare, in the order in which they were first looked up.
+    lookups: Vec<Lookup>,
 }
 
 /// The I/O half of a lane.
@@ -212,6 +215,7 @@ impl Upstream {
             nobuf_backoff: (broker.nobuf_backoff_min, broker.nobuf_backoff_max),
             icmp_refused: 0,
             redelivered: 0,
+            lookups: Vec::new(),
         }
     }
 
@@ -314,6 +318,14 @@ impl Upstream {
         }
         self.pool.stage(lane, bytes);
         Push::Staged
+    }
+
+    /// One of its names was looked up.
+    pub fn note_lookup(&mut self, lookup: Lookup) {
+        match self.lookups.iter_mut().find(|known| known.host == lookup.host) {
+            Some(known) => *known = lookup,
+            None => self.lookups.push(lookup),
+        }
     }
 
     /// `messages` of those accepted may have been sent by an earlier broker.
@@ -469,6 +481,15 @@ impl Upstream {
             failures: health.failures,
             last_failure: health.last_failure.map(Reason::name),
         };
+        let name = |lookup: &Lookup| NameSnapshot {
+            name: lookup.host.clone(),
+            lookups: lookup.lookups,
+            failures: lookup.failures,
+            lookup_ms: u64::try_from(lookup.took.as_millis()).unwrap_or(u64::MAX),
+            age_s: now.since(lookup.ended_at).as_secs(),
+            addresses: lookup.addresses,
+            error: lookup.error.clone(),
+        };
         let maxwait = pool.oldest_waiter().map_or(Duration::ZERO, |since| now.since(since));
         UpstreamSnapshot {
             name: self.config.name.clone(),
@@ -476,6 +497,7 @@ impl Upstream {
             protocol: self.config.url.protocol.scheme(),
             addresses: pool.health().map(|health| health.remote.to_string()).collect(),
             address_health: pool.health().map(address).collect(),
+            names: self.lookups.iter().map(name).collect(),
             discard: discard.name(),
             replies_discarded: pool.replies_discarded(),
             breaker: pool.breaker().name(),
