@@ -274,6 +274,8 @@ limits! {
         "How often a UDP request is sent again while no reply comes.";
     retransmit_interval: Duration = s(1), ms(1)..=s(600), "duration",
         "How long each of them waits for the reply before.";
+    leases_max: usize = 0, 0..=10_000, "leases",
+        "Connections lent at once. 0: all but one of connections_max, so that requests keep a place.";
     lease_timeout: Duration = s(60), ms(1)..=DAY, "duration",
         "How long a lease is held at most. The deadline of the holder counts too; the earlier \
          wins.";

@@ -174,6 +174,11 @@ impl Conn {
         matches!(self.state, State::Idle { .. })
     }
 
+    /// Whether somebody borrowed it, now or before.
+    pub fn was_lent(&self) -> bool {
+        self.lent_to.is_some()
+    }
+
     fn is_making_room(&self) -> bool {
         self.retiring == Some(Reason::MakeRoom) && self.is_open()
     }
@@ -849,10 +854,12 @@ impl Pool {
             Role::Exchange => messages_in == 0 && short_lived,
             Role::OneWay { .. } => short_lived,
         };
-        if useless {
-            self.balance.handle_failure(now, remote, reason);
-        } else {
-            self.balance.handle_useful(remote);
+        // Whoever borrowed a connection can make it look as it likes.
+        if !self.conns.get(conn).is_some_and(Conn::was_lent) {
+            match useless {
+                true => self.balance.handle_failure(now, remote, reason),
+                false => self.balance.handle_useful(remote),
+            }
         }
         self.give_back(now, conn, reason, begun);
         if reason == Reason::Unsolicited && self.settings.protocol == Protocol::Udp {

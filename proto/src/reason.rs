@@ -114,6 +114,7 @@ reasons! {
     LeaseExpired "lease_expired" "the lease was not given back by its deadline";
     LeaseEnded "lease_ended" "the lease ended without giving the connection back";
     LeaseUnclean "lease_unclean" "the connection was given back with bytes unread or unsent";
+    DescriptorsFull "descriptors_full" "as many descriptors are on their way to clients as the kernel allows";
 }
 
 impl Reason {

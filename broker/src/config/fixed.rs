@@ -262,6 +262,10 @@ pub const RECEIVE_BYTES: usize = 64 * KIB;
 /// How many receive buffers are kept for reuse; more are freed.
 pub const SPARES_MAX: usize = 16;
 
+/// Lent descriptors in the socket of a session that may not have read them: they count against the
+/// broker's RLIMIT_NOFILE (ETOOMANYREFS in unix(7)), and a session that reads has none.
+pub const UNREAD_DESCRIPTORS_MAX: usize = 16;
+
 /// More addresses of one upstream than this are left out: as many as its URL can name.
 pub const ADDRESSES_MAX: usize = 64;
 

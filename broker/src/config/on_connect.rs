@@ -49,6 +49,11 @@ impl fmt::Debug for Spell {
 }
 
 impl Greeting {
+    /// Whether a secret goes into it.
+    pub fn has_secret(&self) -> bool {
+        self.secret.is_some()
+    }
+
     /// Reads the secret and writes the request as `framing` has it. What is wrong names where the
     /// secret should be, and never the secret.
     pub fn spell(&self, framing: Framing) -> Result<Spell, String> {

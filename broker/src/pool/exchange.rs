@@ -139,7 +139,7 @@ impl Pool {
         }
         let (slots, awaited) = self.in_flight.slots(conn);
         // A new connection serves one waiter before it makes room: the roles take turns.
-        let somebody_waits = !self.waiters.is_empty() || self.lease_waiters() > 0;
+        let somebody_waits = !self.waiters.is_empty() || self.lendable() > 0;
         let has_turn = record.uses == 0 && somebody_waits;
         let is_expired = record.expires_at.is_some_and(|at| at <= now);
         if !self.balance.has(record.remote) {
@@ -167,7 +167,7 @@ impl Pool {
             return;
         }
         let Some(record) = self.conns.get(conn) else { return };
-        let (is_lent, remote) = (record.lent_to.is_some(), record.remote);
+        let (is_lent, remote) = (record.was_lent(), record.remote);
         if !is_lent && let Some(request) = self.next_waiter(now, remote) {
             if let Some(tag) = self.grant(now, request, conn) {
                 self.actions.push_back(Action::Dispatch { conn, request, tag });
@@ -188,7 +188,7 @@ impl Pool {
     }
 
     pub(super) fn rest(&mut self, now: Time, conn: ConnId) {
-        let is_lent = self.conns.get(conn).is_some_and(|record| record.lent_to.is_some());
+        let is_lent = self.conns.get(conn).is_some_and(|record| record.was_lent());
         self.move_to(conn, State::Idle { since: now });
         self.list(conn);
         match is_lent {

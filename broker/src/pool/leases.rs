@@ -49,6 +49,8 @@ struct Lease {
     caller_deadline: Option<Time>,
     /// None: it waits.
     conn: Option<ConnId>,
+    /// Who had that connection before.
+    lent_before: Option<u32>,
     /// Until when it waits.
     wait_deadline: Time,
 }
@@ -88,6 +90,24 @@ impl Pool {
         self.leases.table.len() - self.leases.waiters.len()
     }
 
+    /// How many leases may be held at once.
+    fn leases_max(&self) -> usize {
+        match self.settings.limits.leases_max {
+            // Requests keep a place, where there is more than one.
+            0 => self.connections_max().saturating_sub(1).max(1),
+            leases_max => leases_max,
+        }
+    }
+
+    fn may_lend(&self) -> bool {
+        self.leases_held() < self.leases_max()
+    }
+
+    /// Of those who wait for a lease, how many could have one if there were connections.
+    pub(super) fn lendable(&self) -> usize {
+        self.leases_max().saturating_sub(self.leases_held()).min(self.lease_waiters())
+    }
+
     /// Leases that are waited for.
     pub fn lease_waiters(&self) -> usize {
         self.leases.waiters.len()
@@ -110,8 +130,18 @@ impl Pool {
             return self.refuse_lease(reason);
         }
         let wait_deadline = earliest(now + self.settings.limits.wait_timeout, caller_deadline);
-        let wish = Lease { owner, uid, asked_at: now, caller_deadline, conn: None, wait_deadline };
-        if let Some(conn) = self.take_returned(uid).or_else(|| self.idle.pop()) {
+        let wish = Lease {
+            owner,
+            uid,
+            asked_at: now,
+            caller_deadline,
+            conn: None,
+            lent_before: None,
+            wait_deadline,
+        };
+        if self.may_lend()
+            && let Some(conn) = self.take_returned(uid).or_else(|| self.idle.pop())
+        {
             let lease = self.leases.table.insert(wish);
             self.lend(now, lease, conn);
             return Lend::Granted { lease, conn };
@@ -137,12 +167,15 @@ impl Pool {
         lease.conn
     }
 
-    /// A lease that was granted cannot be passed: nobody is there to take it.
+    /// A lease that was granted could not be passed on: its connection is what it was before.
     pub fn handle_unlendable(&mut self, now: Time, lease: LeaseId, reason: Reason) {
-        if let Some(Lease { conn: Some(conn), .. }) = self.leases.table.remove(lease) {
+        if let Some(Lease { conn: Some(conn), lent_before, .. }) = self.leases.table.remove(lease) {
             self.leases.counts.ended.add(reason, 1);
-            self.close(conn, reason);
-            self.want_connections(now);
+            if let Some(record) = self.conns.get_mut(conn) {
+                record.lent_to = lent_before;
+            }
+            self.free(now, conn);
+            self.serve_lease_waiters(now);
         }
     }
 
@@ -162,6 +195,7 @@ impl Pool {
                 self.want_connections(now);
             }
         }
+        self.serve_lease_waiters(now);
     }
 
     /// A session has ended, and with it its leases: whether it had any.
@@ -221,13 +255,18 @@ impl Pool {
     /// Whether a connection that carries nothing goes to whoever waits for a lease: it may serve
     /// nothing else, or that one waited longer than the first request.
     pub(super) fn lends_next(&self, conn: ConnId) -> bool {
-        let Some(lease) = self.lease_waiter_for(conn) else { return false };
+        let Some(lease) = self.lease_waiter_for(conn).filter(|_| self.may_lend()) else {
+            return false;
+        };
         let lease_since = self.leases.table.get(lease).map(|lease| lease.asked_at);
         self.oldest_waiter().is_none_or(|since| lease_since.is_some_and(|lease| lease < since))
     }
 
     /// Lends a connection that carries nothing to whoever waits for one: whether somebody does.
     pub(super) fn lend_to_waiter(&mut self, now: Time, conn: ConnId) -> bool {
+        if !self.may_lend() {
+            return false;
+        }
         let Some(lease) = self.live_lease_waiter_for(now, conn) else { return false };
         let Some(owner) = self.lease_owner(lease) else { return false };
         self.forget_wait(lease);
@@ -238,7 +277,8 @@ impl Pool {
 
     /// Lends what is idle to those who wait.
     pub(super) fn serve_lease_waiters(&mut self, now: Time) {
-        while let Some(lease) = self.leases.waiters.front()
+        while self.may_lend()
+            && let Some(lease) = self.leases.waiters.front()
             && let Some(uid) = self.leases.table.get(*lease).map(|lease| lease.uid)
             && let Some(conn) = self.take_returned(uid).or_else(|| self.idle.pop())
         {
@@ -251,7 +291,9 @@ impl Pool {
     /// The connection of a lease was found broken before it was passed on: it waits again.
     pub(super) fn lend_again(&mut self, lease: LeaseId) {
         if let Some(wish) = self.leases.table.get_mut(lease) {
-            wish.conn = None;
+            if let Some(record) = wish.conn.take().and_then(|conn| self.conns.get_mut(conn)) {
+                record.lent_to = wish.lent_before;
+            }
             self.leases.counts.granted -= 1;
             self.deadlines.insert(wish.wait_deadline, Timer::Lease(lease));
             self.leases.waiters.push_front(lease);
@@ -295,6 +337,7 @@ impl Pool {
         let (until, uid) = (earliest(limit, entry.caller_deadline), entry.uid);
         if let Some(record) = self.conns.get_mut(conn) {
             record.uses += 1;
+            entry.lent_before = record.lent_to;
             record.lent_to = Some(uid);
         }
         self.move_to(conn, State::Leased { lease, until });

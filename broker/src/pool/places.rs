@@ -49,7 +49,7 @@ impl Pool {
         if self.settings.protocol == Protocol::UdpWriteOnly {
             for lane in 0..self.lanes.len().min(connections_min) {
                 // Not in the place that was made for whoever waits for a lease.
-                let is_wanted = !self.closing_down && self.lease_waiters() == 0;
+                let is_wanted = !self.closing_down && self.lendable() == 0;
                 let has_place = self.places.open < self.connections_max();
                 if self.lanes[lane].is_free() && is_wanted && has_place {
                     self.connect(now, Role::OneWay { lane });
@@ -62,7 +62,7 @@ impl Pool {
             let for_requests = self.waiters.len().div_ceil(self.settings.limits.pipeline_depth);
             let doubtful = self.balance.doubtful_connects();
             let expected = places.connecting_exchange.saturating_sub(doubtful);
-            let for_waiters = for_requests + self.lease_waiters() > expected;
+            let for_waiters = for_requests + self.lendable() > expected;
             let warm = keeps_warm && places.exchange < connections_min;
             let reserved = self.wanting_lanes();
             if !(for_waiters || warm)
@@ -76,7 +76,7 @@ impl Pool {
                 // one-way connection makes room.
                 if for_waiters && let Some(conn) = self.returned.first().copied() {
                     self.close(conn, Reason::MakeRoom);
-                } else if self.lease_waiters() > 0
+                } else if self.lendable() > 0
                     && let Some(conn) = self.with_room.front().copied()
                     && !self.conns.values().any(|conn| conn.is_making_room())
                 {

@@ -735,7 +735,7 @@ fn ask_lease(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, header: Fra
     };
     if let Err(failure) = asked {
         source.session.handle_refused(None, failure.reason);
-        source.pass(Kind::Failure, correlation, &failure, None);
+        source.tell_no_lease(correlation, &failure);
     }
 }
 

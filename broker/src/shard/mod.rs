@@ -373,6 +373,7 @@ impl Shard {
                         poller: &mut self.poller,
                         spares: &mut self.spares,
                         sources: &mut self.sources,
+                        closer: &mut self.closer,
                     };
                     self.upstreams[upstream].handle_event(&mut context, conn, readiness);
                 }
@@ -560,6 +561,7 @@ impl Shard {
             poller: &mut self.poller,
             spares: &mut self.spares,
             sources: &mut self.sources,
+            closer: &mut self.closer,
         };
         self.upstreams[upstream].work(&mut context);
     }

@@ -26,6 +26,7 @@ use super::Target;
 use super::sources::Sources;
 use crate::balance::Health;
 use crate::buffer::{ReceiveBuffer, SendBuffer, Spares};
+use crate::closer::Closer;
 use crate::coalesce::Coalescer;
 use crate::config::{BrokerLimits, Overflow, UpstreamConfig};
 use crate::config::{CLIENT_TEXT_CHARS_MAX, READS_MAX};
@@ -52,6 +53,8 @@ pub struct Context<'a> {
     pub spares: &'a mut Spares,
     /// Who is told.
     pub sources: &'a mut Sources,
+    /// Where sockets are closed that somebody else had.
+    pub closer: &'a mut Closer,
 }
 
 /// What became of a one-way message.
@@ -238,7 +241,8 @@ impl Upstream {
 
     /// Whether there is work that no event will announce.
     pub fn has_work(&self) -> bool {
-        !self.unread.is_empty() || self.has_to_send(1)
+        let is_granted = !(self.unwritten.is_empty() && self.granted.is_empty());
+        is_granted || !self.unread.is_empty() || self.has_to_send(1)
     }
 
     /// Whether some lane can send a full batch now: to wait for more would not make it cheaper. A
@@ -394,6 +398,8 @@ impl Upstream {
 
     /// Does everything that can be done now: once per turn.
     pub fn work(&mut self, cx: &mut Context<'_>) {
+        // Before what came late is read: who timed out is told whether its request had left.
+        self.carry_out(cx);
         for conn in std::mem::take(&mut self.unread) {
             self.read(cx, conn);
         }
@@ -638,9 +644,6 @@ impl Upstream {
         match tcp::connect_result(&socket.fd) {
             Ok(()) => {
                 socket.local = local_address(&socket.fd);
-                if self.pool.last_failure().is_some() {
-                    tracing::info!(upstream = self.config.name, "connected again");
-                }
                 if let Err(reason) = self.greet(now, conn, 0) {
                     self.pool.handle_connect_failed(now, conn, reason);
                 }
@@ -672,6 +675,10 @@ impl Upstream {
             cx.poller.unwatch(&socket.fd, socket.token);
             if let Some(buffer) = socket.input {
                 cx.spares.put_back(buffer);
+            }
+            // Whoever borrowed it may have made that take long: SO_LINGER (socket(7)).
+            if self.pool.conn(conn).is_some_and(Conn::was_lent) {
+                cx.closer.close(socket.fd);
             }
         }
         self.pool.handle_closed(cx.now, conn, unacknowledged);

@@ -5,7 +5,7 @@
 //! buffer. One that has ended stays until everything it handed over has its outcome.
 
 use std::collections::VecDeque;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 use poolbroker_proto::frame::{FrameHeader, Kind};
 use poolbroker_proto::framing::{Cutter, Framing};
@@ -122,19 +122,33 @@ impl Source {
         }
     }
 
-    /// Passes a control message or failure by the client socket itself, also where there is a ring.
-    pub fn pass<T: Serialize>(
+    /// Passes a control message with a descriptor by the client socket itself, now or not at all.
+    fn pass<T: Serialize>(
         &mut self,
-        kind: Kind,
         correlation: u64,
         message: &T,
-        descriptor: Option<BorrowedFd<'_>>,
-    ) -> bool {
-        let Io::Unix(socket) = &mut self.io else { return false };
-        let header = FrameHeader { correlation, ..FrameHeader::new(kind) };
+        descriptor: BorrowedFd<'_>,
+    ) -> Result<(), Reason> {
+        let Io::Unix(socket) = &mut self.io else { return Err(Reason::ClientGone) };
+        let header = FrameHeader { correlation, ..FrameHeader::new(Kind::Control) };
         let mut frame = Vec::new();
-        let is_written = encode(message).is_ok_and(|body| header.append(&body, &mut frame).is_ok());
-        is_written && socket.stream.pass(frame, descriptor)
+        let is_encoded = encode(message).is_ok_and(|body| header.append(&body, &mut frame).is_ok());
+        debug_assert!(is_encoded, "it has a length of a few bytes");
+        socket.stream.pass(&frame, descriptor, self.ring.is_some())
+    }
+
+    /// Tells of a lease that is not granted: by the way by which the lease would come.
+    pub fn tell_no_lease(&mut self, correlation: u64, failure: &Failure) {
+        if self.ring.is_none() {
+            return self.tell_control(Kind::Failure, correlation, failure);
+        }
+        let header = FrameHeader { correlation, ..FrameHeader::new(Kind::Failure) };
+        if let Io::Unix(socket) = &mut self.io
+            && let Ok(body) = encode(failure)
+            && header.append(&body, socket.stream.beside()).is_err()
+        {
+            tracing::error!("a frame for a client is longer than 4 GiB");
+        }
     }
 
     /// Appends a control message or failure for the client.
@@ -390,15 +404,18 @@ impl Sources {
         self.due.push(owner.source);
     }
 
-    /// Passes a connection to the owner of a lease: whether somebody is there to take it.
-    pub fn lend(&mut self, owner: Owner, lease: u64, connection: impl AsFd) -> bool {
-        let Some(source) = self.table.get_mut(owner.source) else { return false };
+    /// Passes a connection to the owner of a lease, or says why it cannot be passed.
+    pub fn lend(
+        &mut self,
+        owner: Owner,
+        lease: u64,
+        connection: BorrowedFd<'_>,
+    ) -> Result<(), Reason> {
+        let source = self.table.get_mut(owner.source).ok_or(Reason::ClientGone)?;
         if source.is_hung_up || source.ended.is_some() {
-            return false;
+            return Err(Reason::ClientGone);
         }
-        let message = BrokerMessage::Leased { lease };
-        let passed =
-            source.pass(Kind::Control, owner.correlation, &message, Some(connection.as_fd()));
+        let passed = source.pass(owner.correlation, &BrokerMessage::Leased { lease }, connection);
         self.due.push(owner.source);
         passed
     }
@@ -406,7 +423,7 @@ impl Sources {
     /// Tells the owner of a wish for a lease that it gets none.
     pub fn refuse_lease(&mut self, owner: Owner, failure: &Failure) {
         if let Some(source) = self.table.get_mut(owner.source) {
-            source.pass(Kind::Failure, owner.correlation, failure, None);
+            source.tell_no_lease(owner.correlation, failure);
             self.due.push(owner.source);
         }
     }
@@ -433,7 +450,7 @@ impl Sources {
         let flushed = source.flush();
         let is_socket_full = match source.ring {
             None => flushed == Flushed::WouldBlock,
-            Some(_) => source.io.stream().is_some_and(Stream::is_passing),
+            Some(_) => source.io.stream().is_some_and(Stream::has_beside),
         };
         if is_socket_full && !source.waits_for_room {
             self.full.push(id);

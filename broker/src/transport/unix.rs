@@ -12,6 +12,7 @@ use nix::sys::stat::{FchmodatFlags, Mode, fchmod, fchmodat, umask};
 use nix::unistd::{Gid, chown};
 use poolbroker_proto::fd;
 use poolbroker_proto::frame::{FrameHeader, Kind};
+use poolbroker_proto::reason::Reason;
 use poolbroker_proto::ring::Corrupt;
 use rustix::io::{Errno, ioctl_fionread};
 use rustix::net::{
@@ -23,7 +24,7 @@ use rustix::net::{
 use super::Read;
 use super::ring::Ring;
 use crate::buffer::ReceiveBuffer;
-use crate::config::BACKLOG;
+use crate::config::{BACKLOG, UNREAD_DESCRIPTORS_MAX};
 use crate::upstream::sockopt as raw_sockopt;
 
 /// Opens a listening socket at `path`, which must not exist. The mode is set before the socket
@@ -146,18 +147,18 @@ impl UnixSocket {
 #[derive(Debug)]
 pub struct Stream {
     socket: OwnedFd,
-    out: Vec<u8>,
-    written: usize,
-    /// Frames that go by the socket itself, also where there is a ring.
-    passing: VecDeque<Passing>,
+    out: Queue,
+    /// Frames that go by the socket where a ring takes all others.
+    beside: Queue,
+    /// Descriptors that were passed since the client was last seen to have read everything.
+    unread_descriptors: usize,
 }
 
-/// A frame on its way by the socket, with the descriptor that goes with its first byte.
-#[derive(Debug)]
-struct Passing {
-    frame: Vec<u8>,
+/// Bytes for a client, and how many of them are written.
+#[derive(Debug, Default)]
+struct Queue {
+    bytes: Vec<u8>,
     written: usize,
-    descriptor: Option<OwnedFd>,
 }
 
 /// How far a flush came.
@@ -171,85 +172,20 @@ pub enum Flushed {
     Gone,
 }
 
-impl Stream {
-    fn new(socket: OwnedFd) -> Self {
-        Stream { socket, out: Vec::new(), written: 0, passing: VecDeque::new() }
+impl Queue {
+    fn pending(&self) -> usize {
+        self.bytes.len() - self.written
     }
 
-    /// Where to append what the client is to get.
-    pub fn out(&mut self) -> &mut Vec<u8> {
-        &mut self.out
-    }
-
-    /// Bytes that the client has not been given.
-    pub fn pending_bytes(&self) -> usize {
-        self.out.len() - self.written
-    }
-
-    /// Passes a frame by the socket itself, with a descriptor or without, past what
-    /// [`Stream::out`] holds.
-    pub fn pass(&mut self, frame: Vec<u8>, descriptor: Option<BorrowedFd<'_>>) -> bool {
-        let is_free = self.out.is_empty() && self.passing.is_empty();
-        let sent = match descriptor {
-            Some(descriptor) if is_free => fd::send(&self.socket, &frame, &[descriptor]).ok(),
-            Some(_) | None => None,
-        };
-        if sent == Some(frame.len()) {
-            return true;
-        }
-        let descriptor = match descriptor.filter(|_| sent.is_none()) {
-            Some(descriptor) => match descriptor.try_clone_to_owned() {
-                Ok(copy) => Some(copy),
-                Err(_) => return false,
-            },
-            None => None,
-        };
-        self.passing.push_back(Passing { frame, written: sent.unwrap_or(0), descriptor });
-        true
-    }
-
-    /// Whether something waits that goes by the socket itself.
-    pub fn is_passing(&self) -> bool {
-        !self.passing.is_empty()
-    }
-
-    /// Writes what goes by the socket itself; only what was begun, where `begun` says so.
-    fn flush_passing(&mut self, begun: bool) -> Flushed {
-        while let Some(passing) = self.passing.front_mut() {
-            if begun && passing.written == 0 {
-                return Flushed::All;
-            }
-            let rest = &passing.frame[passing.written..];
-            let sent = match &passing.descriptor {
-                Some(descriptor) => fd::send(&self.socket, rest, &[descriptor.as_fd()])
-                    .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO)),
-                None => send_now(&self.socket, rest),
-            };
-            match sent {
-                Ok(bytes) => {
-                    passing.written += bytes;
-                    passing.descriptor = None;
-                    if passing.written == passing.frame.len() {
-                        self.passing.pop_front();
-                    }
-                }
-                Err(Errno::INTR) => {}
-                Err(Errno::AGAIN) => return Flushed::WouldBlock,
-                Err(_) => return Flushed::Gone,
-            }
-        }
-        Flushed::All
-    }
-
-    /// Writes what the client takes now.
-    pub fn flush(&mut self) -> Flushed {
-        let begun = self.flush_passing(true);
-        if begun != Flushed::All {
-            return begun;
-        }
+    /// Writes what the socket takes now.
+    fn write(&mut self, socket: &OwnedFd) -> Flushed {
         let mut flushed = Flushed::All;
-        while self.written < self.out.len() {
-            match send_now(&self.socket, &self.out[self.written..]) {
+        while self.pending() > 0 {
+            match send(
+                socket,
+                &self.bytes[self.written..],
+                SendFlags::DONTWAIT | SendFlags::NOSIGNAL,
+            ) {
                 Ok(bytes) => self.written += bytes,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
@@ -260,50 +196,127 @@ impl Stream {
             }
         }
         self.tidy();
-        if flushed == Flushed::All { self.flush_passing(false) } else { flushed }
-    }
-
-    /// Writes likewise, but into the client's ring.
-    pub fn flush_into(&mut self, ring: &mut Ring) -> Result<Flushed, Corrupt> {
-        let had_bytes = !self.out.is_empty();
-        let flushed = ring.flush(&self.out, &mut self.written)?;
-        self.tidy();
-        if had_bytes && ring.take_nudge() {
-            let nudge = FrameHeader::new(Kind::Hello).encode(0);
-            // A socket that is full is readable, which is all that is to be achieved.
-            let _ = nudge.map(|nudge| send_now(&self.socket, &nudge));
-        }
-        // What waits here goes with the next event of the socket.
-        let _ = self.flush_passing(false);
-        Ok(flushed)
-    }
-
-    /// Writes a frame with descriptors, past everything else, which must have been written.
-    pub fn send_descriptors(&self, frame: &[u8], descriptors: &[BorrowedFd<'_>]) -> bool {
-        self.out.is_empty() && fd::send(&self.socket, frame, descriptors).ok() == Some(frame.len())
+        flushed
     }
 
     /// Drops what is written.
     fn tidy(&mut self) {
-        if self.written < self.out.len() {
-            self.out.drain(..self.written);
+        if self.pending() > 0 {
+            self.bytes.drain(..self.written);
             self.written = 0;
             return;
         }
         self.written = 0;
         // A burst must not pin its memory on an idle session.
-        if self.out.capacity() > 4096 {
-            self.out = Vec::new();
+        if self.bytes.capacity() > 4096 {
+            self.bytes = Vec::new();
         } else {
-            self.out.clear();
+            self.bytes.clear();
         }
+    }
+}
+
+impl Stream {
+    fn new(socket: OwnedFd) -> Self {
+        Stream { socket, out: Queue::default(), beside: Queue::default(), unread_descriptors: 0 }
+    }
+
+    /// Where to append what the client is to get.
+    pub fn out(&mut self) -> &mut Vec<u8> {
+        &mut self.out.bytes
+    }
+
+    /// Where to append what goes by the socket itself, past the ring.
+    pub fn beside(&mut self) -> &mut Vec<u8> {
+        &mut self.beside.bytes
+    }
+
+    /// Bytes that the client has not been given.
+    pub fn pending_bytes(&self) -> usize {
+        self.out.pending() + self.beside.pending()
+    }
+
+    /// Whether something waits that goes past the ring.
+    pub fn has_beside(&self) -> bool {
+        self.beside.pending() > 0
+    }
+
+    /// Passes a frame with a descriptor by the socket itself, behind what is there before; `is_ring`:
+    /// the rest goes by a ring. Now or not at all: nothing of it is kept for a client that does not
+    /// read, and of the descriptors in its socket, which count against the broker, few are.
+    pub fn pass(
+        &mut self,
+        frame: &[u8],
+        descriptor: BorrowedFd<'_>,
+        is_ring: bool,
+    ) -> Result<(), Reason> {
+        let queue = if is_ring { &mut self.beside } else { &mut self.out };
+        match queue.write(&self.socket) {
+            Flushed::All => {}
+            Flushed::WouldBlock => return Err(Reason::ReplyUndeliverable),
+            Flushed::Gone => return Err(Reason::ClientGone),
+        }
+        if self.unread_descriptors > 0
+            && raw_sockopt::unacknowledged_bytes(&self.socket).is_ok_and(|unread| unread == 0)
+        {
+            self.unread_descriptors = 0;
+        }
+        if self.unread_descriptors >= UNREAD_DESCRIPTORS_MAX {
+            return Err(Reason::ReplyUndeliverable);
+        }
+        let sent = loop {
+            match fd::send(&self.socket, frame, &[descriptor]) {
+                Ok(bytes) => break bytes,
+                Err(error) => match Errno::from_io_error(&error) {
+                    Some(Errno::INTR) => {}
+                    Some(Errno::AGAIN) => return Err(Reason::ReplyUndeliverable),
+                    // Too many are on their way to all clients together, or no memory (unix(7)).
+                    Some(Errno::TOOMANYREFS | Errno::NOBUFS | Errno::NOMEM) => {
+                        return Err(Reason::DescriptorsFull);
+                    }
+                    Some(_) | None => return Err(Reason::ClientGone),
+                },
+            }
+        };
+        self.unread_descriptors += 1;
+        queue.bytes.extend_from_slice(frame.get(sent..).unwrap_or_default());
+        Ok(())
+    }
+
+    /// Writes what the client takes now.
+    pub fn flush(&mut self) -> Flushed {
+        self.out.write(&self.socket)
+    }
+
+    /// Writes likewise, but into the client's ring.
+    pub fn flush_into(&mut self, ring: &mut Ring) -> Result<Flushed, Corrupt> {
+        let had_bytes = !self.out.bytes.is_empty();
+        let flushed = ring.flush(&self.out.bytes, &mut self.out.written)?;
+        self.out.tidy();
+        // What is left here goes with the next event of the socket.
+        let _ = self.beside.write(&self.socket);
+        // A socket that is full is readable, which is all that is to be achieved.
+        if had_bytes
+            && ring.take_nudge()
+            && !self.has_beside()
+            && let Ok(nudge) = FrameHeader::new(Kind::Hello).encode(0)
+        {
+            self.beside.bytes.extend_from_slice(&nudge);
+            let _ = self.beside.write(&self.socket);
+        }
+        Ok(flushed)
+    }
+
+    /// Writes a frame with descriptors, past everything else, which must have been written.
+    pub fn send_descriptors(&self, frame: &[u8], descriptors: &[BorrowedFd<'_>]) -> bool {
+        let is_free = self.out.bytes.is_empty() && !self.has_beside();
+        is_free && fd::send(&self.socket, frame, descriptors).ok() == Some(frame.len())
     }
 
     /// Forgets what the client will never read.
     pub fn discard(&mut self) {
-        self.out = Vec::new();
-        self.written = 0;
-        self.passing.clear();
+        self.out = Queue::default();
+        self.beside = Queue::default();
     }
 
     /// Takes nothing more from the client: its next write fails, what it wrote can still be read
@@ -311,10 +324,6 @@ impl Stream {
     pub fn stop_reading(&self) {
         let _ = shutdown(&self.socket, Shutdown::Read);
     }
-}
-
-fn send_now(socket: &OwnedFd, bytes: &[u8]) -> Result<usize, Errno> {
-    send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
 }
 
 impl AsFd for Stream {

@@ -64,6 +64,8 @@ pub struct World {
     /// Who waits for a lease.
     pub wishes: BTreeMap<u64, (SourceId, u32)>,
     pub lease_asks: u64,
+    /// The last connection that was to be lent was found broken.
+    was_broken: bool,
     pub leases_refused: u64,
     pub leases_ended: u64,
     /// How requests ended, and whether they were sent.
@@ -125,6 +127,7 @@ impl World {
             lent: BTreeMap::new(),
             wishes: BTreeMap::new(),
             lease_asks: 0,
+            was_broken: false,
             leases_refused: 0,
             leases_ended: 0,
             ends: BTreeMap::new(),
@@ -321,6 +324,19 @@ impl World {
     pub fn pass_on(&mut self, lease: LeaseId, conn: ConnId, owner: Owner) {
         if self.pool.leased(owner.source, lease) != Some(conn) {
             return;
+        }
+        // Some are found broken, and some clients do not take what they asked for.
+        match self.lease_asks % 8 {
+            3 if self.sockets.contains_key(&conn) && !self.was_broken => {
+                self.was_broken = true;
+                return self.pool.handle_lost(self.now, conn, Reason::PeerClosed, 0);
+            }
+            5 => {
+                self.wishes.remove(&owner.correlation).expect("it was asked for");
+                self.leases_ended += 1;
+                return self.pool.handle_unlendable(self.now, lease, Reason::ReplyUndeliverable);
+            }
+            _ => self.was_broken = false,
         }
         let (_, uid) = self.wishes.remove(&owner.correlation).expect("it was asked for");
         let socket = self.sockets.get_mut(&conn).expect("it is open");
@@ -708,7 +724,12 @@ impl World {
         };
         assert_eq!(rests(true).collect::<BTreeSet<_>>(), pool.returned.iter().copied().collect());
         let idle: BTreeSet<_> = rests(false).collect();
-        assert!(idle.is_empty() || pool.lease_waiters() == 0, "waiting beside an idle one");
+        assert!(idle.is_empty() || pool.lendable() == 0, "waiting beside an idle one");
+        let leases_max = match limits.leases_max {
+            0 => limits.connections_max.max(2) - 1,
+            leases_max => leases_max,
+        };
+        assert!(held <= leases_max, "{held} leases, {leases_max} at most");
         assert_eq!(idle, pool.idle.iter().copied().collect());
         assert!(has_choice || idle.is_empty() || pool.waiters() == 0, "waiting beside an idle one");
         let outstanding: usize = pool.health().map(|health| health.outstanding).sum();
@@ -941,6 +962,7 @@ prop_compose! {
             lifetime: ms(times[2] % 100),
             late_reply_window: ms(times[3] % 100),
             lease_timeout: ms(times[0] * 2),
+            leases_max: counts[2] % 3,
             pipeline_depth: if protocol == Protocol::Tcp { [1, 1, 2, 3, 8][counts[4]] } else { 1 },
             finish_timeout: ms(times[4]),
             backoff_base: ms(times[5]),

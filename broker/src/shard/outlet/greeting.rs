@@ -8,7 +8,7 @@ use poolbroker_proto::reason::Reason;
 
 use super::{Phase, Upstream};
 use crate::buffer::ReceiveBuffer;
-use crate::config::CLIENT_TEXT_CHARS_MAX;
+use crate::config::{CLIENT_TEXT_CHARS_MAX, Greeting};
 use crate::ids::ConnId;
 use crate::timers::Time;
 use crate::upstream::tcp;
@@ -19,6 +19,9 @@ impl Upstream {
         let Some(socket) = self.sockets.get_mut(conn) else { return Ok(()) };
         let Some(spell) = self.config.spells.get(step) else {
             socket.phase = Phase::Up;
+            if self.pool.last_failure().is_some() {
+                tracing::info!(upstream = self.config.name, "connected again");
+            }
             self.pool.handle_connected(now, conn);
             return Ok(());
         };
@@ -45,13 +48,11 @@ impl Upstream {
                 ReplyCut::Reply { body, consumed, .. } => {
                     let reply = buffer.unread().get(body).unwrap_or_default();
                     if !self.is_as_expected(step, reply) {
-                        let shown = String::from_utf8_lossy(reply);
-                        let shown: String = shown.chars().take(CLIENT_TEXT_CHARS_MAX).collect();
                         if self.pool.last_failure() != Some(Reason::OnConnect) {
                             tracing::warn!(
                                 upstream = self.config.name,
                                 step,
-                                reply = shown.trim_end(),
+                                reply = self.printable(step, reply),
                                 "a reply to on_connect is not as expected"
                             );
                         }
@@ -68,6 +69,16 @@ impl Upstream {
             }
         }
         None
+    }
+
+    /// A reply as it may be logged. Servers repeat what they do not understand, so of a reply to a
+    /// secret there is only its length.
+    fn printable(&self, step: usize, reply: &[u8]) -> String {
+        if self.config.on_connect.get(step).is_some_and(Greeting::has_secret) {
+            return format!("{} bytes, not shown beside a secret", reply.len());
+        }
+        let text = String::from_utf8_lossy(reply);
+        text.trim_end().chars().take(CLIENT_TEXT_CHARS_MAX).collect()
     }
 
     fn is_as_expected(&self, step: usize, reply: &[u8]) -> bool {

@@ -1,5 +1,6 @@
 //! Leases: passing a connection to a session, and looking at it when it comes back.
 
+use std::os::fd::AsFd;
 use std::time::Duration;
 
 use poolbroker_proto::address::Protocol;
@@ -102,6 +103,10 @@ impl Upstream {
         }
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         let checked = match self.config.url.protocol {
+            // The rest of what was begun would be the first thing its holder reads.
+            _ if socket.input.as_ref().is_some_and(|input| !input.is_empty()) => {
+                Err(Reason::Unsolicited)
+            }
             Protocol::Tcp => tcp::check_reusable(&socket.fd),
             Protocol::Udp => udp::check_reusable(&socket.fd),
             Protocol::UdpWriteOnly => Ok(()),
@@ -109,13 +114,18 @@ impl Upstream {
         if let Err(reason) = checked {
             return self.pool.handle_lost(cx.now, conn, reason, 0);
         }
-        if socket.is_watched {
+        match cx.sources.lend(owner, lease.data().as_ffi(), socket.fd.as_fd()) {
             // What its holder reads is no news here.
-            cx.poller.set_watched(&socket.fd, socket.token, false);
-            socket.is_watched = false;
-        }
-        if !cx.sources.lend(owner, lease.data().as_ffi(), &socket.fd) {
-            self.pool.handle_unlendable(cx.now, lease, Reason::ClientGone);
+            Ok(()) if socket.is_watched => {
+                cx.poller.set_watched(&socket.fd, socket.token, false);
+                socket.is_watched = false;
+            }
+            Ok(()) => {}
+            Err(reason) => {
+                let failure = self.failure(RequestEnd::Refused(reason), false);
+                cx.sources.refuse_lease(owner, &failure);
+                self.pool.handle_unlendable(cx.now, lease, reason);
+            }
         }
     }
 
