@@ -41,9 +41,19 @@ pub(crate) struct FrameStream {
     message_bytes_max: usize,
     incoming: Vec<u8>,
     taken: usize,
+    /// Where the frame that was taken last begins in `incoming`.
+    frame_start: usize,
     torn: Vec<u8>,
     /// Descriptors that came while some were wanted; none: they are not.
-    descriptors: Option<Vec<OwnedFd>>,
+    descriptors: Option<Vec<Passed>>,
+}
+
+/// A descriptor, and where in `incoming` the read ended that brought it: within its frame or at its
+/// end, because the kernel reads no further than the message that carries one (unix(7)).
+#[derive(Debug)]
+struct Passed {
+    descriptor: OwnedFd,
+    end: usize,
 }
 
 /// What one read gave.
@@ -73,6 +83,7 @@ impl FrameStream {
             message_bytes_max: MESSAGE_BYTES_MAX,
             incoming: Vec::new(),
             taken: 0,
+            frame_start: 0,
             torn: Vec::new(),
             descriptors: None,
         }
@@ -134,9 +145,13 @@ impl FrameStream {
         self.descriptors.is_some()
     }
 
-    /// Those that came; from now on any are closed.
+    /// Those that came with the frame that was taken last. All others are closed, and whatever comes
+    /// from now on: the answer to a question that was given up may bring one as well.
     pub fn take_descriptors(&mut self) -> Vec<OwnedFd> {
-        self.descriptors.take().unwrap_or_default()
+        let frame = self.frame_start + 1..=self.taken;
+        let mut passed = self.descriptors.take().unwrap_or_default();
+        passed.retain(|passed| frame.contains(&passed.end));
+        passed.into_iter().map(|passed| passed.descriptor).collect()
     }
 
     /// Reads once.
@@ -144,13 +159,15 @@ impl FrameStream {
     /// # Errors
     /// As recv(2); an empty socket is none.
     pub fn read(&mut self) -> io::Result<Read> {
-        if let Some(mut descriptors) = self.descriptors.take() {
-            let read = self.receive(&mut descriptors);
-            self.descriptors = Some(descriptors);
+        self.drop_taken();
+        if self.descriptors.is_some() {
+            let mut came = Vec::new();
+            let read = self.receive(&mut came);
+            let end = self.incoming.len();
+            let passed = came.into_iter().map(|descriptor| Passed { descriptor, end });
+            self.descriptors.as_mut().expect("they are wanted").extend(passed);
             return read;
         }
-        self.incoming.drain(..self.taken);
-        self.taken = 0;
         if self.incoming.capacity() == 0 {
             self.incoming.reserve_exact(READ_BYTES);
         }
@@ -173,8 +190,7 @@ impl FrameStream {
     /// # Errors
     /// As recvmsg(2); an empty socket is none.
     pub fn receive(&mut self, descriptors: &mut Vec<OwnedFd>) -> io::Result<Read> {
-        self.incoming.drain(..self.taken);
-        self.taken = 0;
+        self.drop_taken();
         let mut block = [0; RECEIVE_BYTES];
         loop {
             match fd::receive(&*self.socket, &mut block) {
@@ -206,9 +222,20 @@ impl FrameStream {
     pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
         let next = self.deframer().next_frame(&self.incoming[self.taken..])?;
         if let Some(frame) = &next {
+            self.frame_start = self.taken;
             self.taken += frame.frame_bytes;
         }
         Ok(next)
+    }
+
+    /// Makes room of the frames that were handed out.
+    fn drop_taken(&mut self) {
+        self.incoming.drain(..self.taken);
+        if let Some(descriptors) = &mut self.descriptors {
+            descriptors.retain(|passed| passed.end > self.taken);
+            descriptors.iter_mut().for_each(|passed| passed.end -= self.taken);
+        }
+        (self.taken, self.frame_start) = (0, 0);
     }
 
     /// Waits until there is something to read or, if `room` is wanted or a torn frame is to be
@@ -316,6 +343,36 @@ mod tests {
         let seen_bytes = broker.read(&mut seen).unwrap();
         seen.truncate(seen_bytes);
         assert_eq!(seen, [&torn[3..], b"next!"].concat());
+    }
+
+    #[test]
+    fn a_descriptor_goes_with_the_frame_that_brought_it_and_no_other() {
+        let (mut stream, mut broker) = pair();
+        stream.want_descriptors();
+        let (pipes, bodies) = ([io::pipe(), io::pipe()].map(Result::unwrap), [b"late", b"mine"]);
+        broker.write_all(&frame(b"before")).unwrap();
+        for ((_, writer), body) in pipes.iter().zip(bodies) {
+            let frame = frame(body);
+            assert_eq!(fd::send(&broker, &frame, &[writer.as_fd()]).unwrap(), frame.len());
+        }
+        broker.write_all(&frame(b"behind")).unwrap();
+        let mut seen = Vec::new();
+        while seen.last().is_none_or(|body| body != b"mine") {
+            assert_eq!(stream.read().unwrap(), Read::Some);
+            while seen.last().is_none_or(|body| body != b"mine")
+                && let Some(frame) = stream.next_frame().unwrap()
+            {
+                seen.push(frame.body.to_vec());
+            }
+        }
+        let [mine] = <[OwnedFd; 1]>::try_from(stream.take_descriptors()).unwrap();
+        let [(late, late_writer), (mut reader, writer)] = pipes;
+        drop((late_writer, writer));
+        std::fs::File::from(mine).write_all(b"here").unwrap();
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "here");
+        assert_eq!(io::read_to_string(late).unwrap(), "", "the other one is closed");
     }
 
     #[test]
