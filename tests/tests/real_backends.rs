@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use poolbroker_client::Client;
+use poolbroker_client::{Client, Reason};
 use poolbroker_proto::framing::{Cut, Cutter, Framing};
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::total;
@@ -197,6 +197,45 @@ fn direct_reply(replies: &mut impl BufRead) -> Vec<u8> {
         _ => {}
     }
     reply
+}
+
+fn guarded_redis(dir: &Path, port: u16) -> Command {
+    let mut command = redis(dir, port);
+    command.args(["--requirepass", "open sesame"]);
+    command
+}
+
+#[test]
+#[ignore = "needs redis-server; run by .ci/run with -- --ignored"]
+fn redis_lets_a_connection_in_by_what_it_says_first() {
+    let mut server = Server::start(guarded_redis);
+    let start = |steps: &str| {
+        let url = format!("tcp://127.0.0.1:{}?framing=resp", server.port);
+        let limits = "idempotent = true\nconnect_timeout = \"2s\"";
+        let config = format!("[upstream.cache]\nurl = \"{url}\"\n{limits}\n{steps}\n");
+        Broker::builder().env("THE_SECRET", "open sesame").config(&config).start()
+    };
+    let ask = |broker: &Broker, command: &[u8]| {
+        let cache = Client::connect_in(broker.runtime_dir()).unwrap().upstream("cache").unwrap();
+        cache.request(command, LONG)
+    };
+    let stranger = start("");
+    let reply = ask(&stranger, b"SET key value").unwrap();
+    assert!(reply.starts_with(b"-NOAUTH"), "{}", reply.escape_ascii());
+    let wrong = start("on_connect = [{ send = \"AUTH sesame\" }]");
+    let refused = ask(&wrong, b"PING").unwrap_err();
+    assert_eq!(refused.reason(), Some(Reason::OnConnect), "{refused}");
+
+    let auth = "{ send = \"AUTH {secret}\", secret = { env = \"THE_SECRET\" } }";
+    let hello = "{ send = \"HELLO 3\" }, { send = \"SELECT 3\", expect = \"+OK\" }";
+    let broker = start(&format!("on_connect = [{auth}, {hello}]"));
+    for _ in 0..2 {
+        assert_eq!(ask(&broker, b"SET key value").unwrap(), b"+OK\r\n");
+        let info = ask(&broker, b"CLIENT INFO").unwrap();
+        let info = String::from_utf8(info).unwrap();
+        assert!(info.contains(" db=3 ") && info.contains(" resp=3"), "{info}");
+        server.restart();
+    }
 }
 
 #[test]

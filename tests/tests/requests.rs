@@ -17,7 +17,8 @@ use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, list, total};
 use poolbroker_tests::deadline::{PATIENCE, wait_for};
 use poolbroker_tests::peers::{
-    FORGED, Manners, Marks, TcpBlackHole, TcpEcho, UdpBlackHole, UdpEcho, UdpSink, unused_port,
+    FORGED, Manners, Marks, TcpBlackHole, TcpEcho, TcpSink, UdpBlackHole, UdpEcho, UdpSink,
+    unused_port,
 };
 use poolbroker_tests::raw::{Answer, RawClient, ask};
 
@@ -549,6 +550,22 @@ fn sends_that_provoke_answers_never_disturb_a_request() {
     let one_way = list(&upstream, "connections").iter();
     let one_way = one_way.filter(|connection| connection["role"] == "one_way");
     assert_eq!(one_way.count(), 1, "{upstream:#}");
+}
+
+#[test]
+fn requests_without_a_reply_are_done_one_after_the_other_though_nothing_wakes_the_broker() {
+    let sink = TcpSink::start();
+    let url = format!("tcp://127.0.0.1:{}?framing=memcached", sink.port());
+    let broker = with_limits(&url, "connections_max = 1");
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("echo");
+    for id in 1..=40 {
+        client.send_request(handle, id, 0, b"incr visits 1 noreply");
+    }
+    for id in 1..=40 {
+        assert_eq!(client.next_answer(), (id, Answer::Reply(Vec::new())));
+    }
+    assert_eq!(sink.wait_for(40).len(), 40);
 }
 
 #[test]
