@@ -572,6 +572,11 @@ impl Pool {
         self.actions.pop_front()
     }
 
+    /// Whether [`Pool::poll_action`] has one.
+    pub fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
     /// When to call [`Pool::handle_timeout`].
     pub fn next_deadline(&self) -> Option<Time> {
         let datagrams = self.lanes.iter().filter_map(|lane| lane.outbox.datagram_due());

@@ -180,6 +180,11 @@ impl Session {
         self.handles.get(usize::from(handle)).and_then(|handle| handle.upstream)
     }
 
+    /// The upstreams that its handles mean.
+    pub fn upstreams(&self) -> impl Iterator<Item = usize> {
+        self.handles.iter().filter_map(|handle| handle.upstream)
+    }
+
     /// How many requests are in flight.
     pub fn in_flight(&self) -> usize {
         self.in_flight.len()

@@ -27,7 +27,7 @@ impl Shard {
         }
         let deadline = self.now + self.limits.drain_timeout;
         self.phase = Phase::Draining { deadline, is_last_pass: false };
-        for upstream in &mut self.upstreams {
+        for upstream in self.upstreams.iter_mut() {
             upstream.pool.hurry();
             upstream.pool.stop_lending();
         }

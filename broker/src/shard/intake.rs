@@ -17,6 +17,7 @@ use poolbroker_proto::ring;
 
 use super::outlet::{Push, Upstream};
 use super::sources::{Source, Sources};
+use super::upstreams::Upstreams;
 use crate::buffer::Spares;
 use crate::config::{
     BrokerLimits, CLIENT_TEXT_CHARS_MAX, Dynamic, HANDLES_MAX, NAMES_TOLD_MAX, Overflow,
@@ -35,7 +36,7 @@ pub struct Desk<'a> {
     /// This turn's moment.
     pub now: Time,
     /// Every upstream; dynamic ones are added.
-    pub upstreams: &'a mut Vec<Upstream>,
+    pub upstreams: &'a mut Upstreams,
     /// Receive buffers.
     pub spares: &'a mut Spares,
     /// What each user holds.
@@ -381,7 +382,7 @@ fn push_copies(
 
 /// Which upstream has to make room before one that was full is tried again: that of a host of a
 /// broadcast.
-pub fn held_up_at(upstreams: &[Upstream], upstream: usize) -> usize {
+pub fn held_up_at(upstreams: &Upstreams, upstream: usize) -> usize {
     let copies = upstreams[upstream].copies.clone();
     let full = copies.into_iter().flatten().find(|copy| !upstreams[*copy].pool.has_room_again());
     full.unwrap_or(upstream)
@@ -401,7 +402,7 @@ fn drop_unqueued(
 
 /// Drops what a FIFO or pipe has been read of and could not hand over before the time to drain was
 /// over; how many messages that are. One that was cut off counts as refused.
-pub fn give_up_buffered(upstreams: &mut [Upstream], source: &mut Source) -> u64 {
+pub fn give_up_buffered(upstreams: &mut Upstreams, source: &mut Source) -> u64 {
     let Source { session, buffer, cutter, .. } = source;
     let (Some(mut buffer), Some(cutter)) = (buffer.take(), cutter) else { return 0 };
     let Some(upstream) = session.upstream(0) else { return 0 };
@@ -425,8 +426,8 @@ pub fn give_up_buffered(upstreams: &mut [Upstream], source: &mut Source) -> u64 
     }
     let copies = upstreams[upstream].copies.clone().unwrap_or(upstream..upstream + 1);
     session.handle_copies(0, messages * copies.len().saturating_sub(1) as u64);
-    for outlet in &mut upstreams[copies] {
-        drop_unqueued(outlet, session, 0, messages, Reason::DrainTimeout);
+    for copy in copies {
+        drop_unqueued(&mut upstreams[copy], session, 0, messages, Reason::DrainTimeout);
     }
     messages
 }
@@ -799,7 +800,7 @@ fn open(desk: &Desk<'_>, source: &mut Source, name: &str) -> Answer {
 
 /// A configured upstream.
 fn find(desk: &Desk<'_>, name: &str) -> Result<usize, (Reason, String)> {
-    let found = desk.upstreams.iter().position(|upstream| upstream.config.name == name);
+    let found = desk.upstreams.find(name);
     let Some(upstream) = found.filter(|_| check_upstream_name(name).is_ok()) else {
         let names: Vec<_> = desk
             .upstreams
@@ -854,8 +855,7 @@ fn find_by_url(desk: &mut Desk<'_>, url: &str) -> Result<usize, (Reason, String)
         remotes.push((*address, *port).into());
     }
     let name = url.to_string();
-    let found = desk.upstreams.iter().position(|upstream| upstream.config.name == name);
-    if let Some(upstream) = found {
+    if let Some(upstream) = desk.upstreams.find(&name) {
         return Ok(upstream);
     }
     let dynamic = desk

@@ -17,6 +17,7 @@ mod naps;
 mod outlet;
 mod rings;
 mod sources;
+mod upstreams;
 
 use std::num::NonZeroU64;
 use std::os::fd::OwnedFd;
@@ -35,6 +36,7 @@ use rustix::thread::set_current_timer_slack;
 use self::intake::{Desk, Order, Served};
 use self::outlet::{Context, Upstream};
 use self::sources::Sources;
+use self::upstreams::Upstreams;
 use crate::buffer::Spares;
 use crate::closer::Closer;
 use crate::config::{
@@ -172,7 +174,7 @@ pub struct Shard {
     runtime_dir: PathBuf,
     poller: Poller<Target>,
     sources: Sources,
-    upstreams: Vec<Upstream>,
+    upstreams: Upstreams,
     spares: Spares,
     quotas: Quotas,
     listener: Listener,
@@ -240,7 +242,7 @@ impl Shard {
             dynamic: config.dynamic,
             runtime_dir: parts.runtime_dir,
             poller,
-            upstreams,
+            upstreams: Upstreams::new(upstreams),
             spares: Spares::default(),
             quotas,
             listener: Listener {
@@ -328,7 +330,8 @@ impl Shard {
     // One turn.
 
     fn timeout(&mut self) -> Option<Duration> {
-        if self.sources.ready_count() > 0 || self.upstreams.iter().any(Upstream::has_work) {
+        let has_work = self.upstreams.settle();
+        if has_work || self.sources.ready_count() > 0 {
             return Some(Duration::ZERO);
         }
         let drain = match self.phase {
@@ -345,8 +348,8 @@ impl Shard {
         let starved = self.sources.has_starved().then(|| self.now + STARVED_PAUSE);
         let next = self
             .upstreams
-            .iter()
-            .filter_map(Upstream::next_deadline)
+            .next_deadline()
+            .into_iter()
             .chain(self.sources.next_deadline())
             .chain(self.listener.resumes_at)
             .chain(drain)
@@ -424,10 +427,8 @@ impl Shard {
         while let Some(id) = self.sources.pop_overdue(self.now) {
             self.handle_overdue(id);
         }
-        for upstream in &mut self.upstreams {
-            if upstream.next_deadline().is_some_and(|at| at <= self.now) {
-                upstream.handle_timeout(self.now);
-            }
+        while let Some(upstream) = self.upstreams.pop_due(self.now) {
+            self.upstreams[upstream].handle_timeout(self.now);
         }
         if self.listener.resumes_at.is_some_and(|at| at <= self.now) {
             self.listener.resumes_at = None;
@@ -550,8 +551,10 @@ impl Shard {
     }
 
     fn work(&mut self) {
-        for upstream in 0..self.upstreams.len() {
+        let mut at = 0;
+        while let Some(upstream) = self.upstreams.stirred(at) {
             self.work_on(upstream);
+            at += 1;
         }
     }
 
@@ -598,7 +601,7 @@ impl Shard {
             self.upstreams[upstream].pool.cancel(self.now, request);
             self.work_on(upstream);
         }
-        for upstream in 0..self.upstreams.len() {
+        for upstream in self.sources.upstreams(id) {
             if self.upstreams[upstream].pool.end_leases(self.now, id) {
                 self.work_on(upstream);
             }

@@ -242,7 +242,7 @@ impl Upstream {
     /// Whether there is work that no event will announce.
     pub fn has_work(&self) -> bool {
         let is_granted = !(self.unwritten.is_empty() && self.granted.is_empty());
-        is_granted || !self.unread.is_empty() || self.has_to_send(1)
+        is_granted || self.pool.has_actions() || !self.unread.is_empty() || self.has_to_send(1)
     }
 
     /// Whether some lane can send a full batch now: to wait for more would not make it cheaper. A

@@ -496,6 +496,11 @@ impl Sources {
         self.table.get(id).map(|s| s.session.requests().collect()).unwrap_or_default()
     }
 
+    /// The upstreams it has opened.
+    pub fn upstreams(&self, id: SourceId) -> Vec<usize> {
+        self.table.get(id).map(|s| s.session.upstreams().collect()).unwrap_or_default()
+    }
+
     /// Every session; FIFOs are listeners.
     pub fn snapshot(&self) -> Vec<SessionSnapshot> {
         let sessions = self.table.values().filter(|source| !matches!(source.io, Io::Fifo(_)));
