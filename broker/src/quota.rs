@@ -5,7 +5,7 @@
 //! user may have all of them while alone, and 1/n of them while n users are present.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 /// What is charged.
@@ -43,7 +43,8 @@ pub struct Quotas {
 #[derive(Debug)]
 struct Book {
     limits: QuotaLimits,
-    accounts: HashMap<u32, Account>,
+    /// A host has few users, and every message is charged.
+    accounts: BTreeMap<u32, Account>,
 }
 
 #[derive(Debug, Default)]
@@ -80,7 +81,7 @@ pub struct Exceeded {
 impl Quotas {
     /// Empty accounts under these limits.
     pub fn new(limits: QuotaLimits) -> Self {
-        Quotas { book: Rc::new(RefCell::new(Book { limits, accounts: HashMap::new() })) }
+        Quotas { book: Rc::new(RefCell::new(Book { limits, accounts: BTreeMap::new() })) }
     }
 
     /// Charges `amount` of `resource` to `uid`.

@@ -10,7 +10,7 @@
 //! one ledger per opened upstream, and knows which of its requests are in flight so that they can
 //! be cancelled when it ends. Pure: see [`crate::pool`] for the contract.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use poolbroker_proto::frame;
@@ -127,7 +127,8 @@ pub struct Session {
     limits: SessionLimits,
     phase: Phase,
     handles: Vec<Handle>,
-    in_flight: HashMap<u64, (usize, RequestId)>,
+    /// By correlation; most sessions have one at a time.
+    in_flight: BTreeMap<u64, (usize, RequestId)>,
     unfinished_deadline: Option<Time>,
     refused: Tally,
     actions: VecDeque<Action>,
@@ -161,7 +162,7 @@ impl Session {
             limits,
             phase,
             handles: Vec::new(),
-            in_flight: HashMap::new(),
+            in_flight: BTreeMap::new(),
             unfinished_deadline: None,
             refused: Tally::default(),
             actions: VecDeque::new(),

@@ -134,6 +134,7 @@ impl Shard {
             credit: Credit::default(),
             waits_for_room: false,
             is_ready: false,
+            is_due: false,
             is_blocked: false,
             is_held: false,
             awaits_reply: false,

@@ -571,21 +571,15 @@ impl Shard {
 
     fn tell_sources(&mut self) {
         // The end of one source may be news for another.
-        loop {
-            let due = self.sources.take_due();
-            if due.is_empty() {
-                return;
+        while let Some(id) = self.sources.pop_due() {
+            if self.sources.pump(id) {
+                self.end(id);
             }
-            for id in due {
-                if self.sources.pump(id) {
-                    self.end(id);
-                }
-            }
-            for id in std::mem::take(&mut self.sources.full) {
-                if let Some(source) = self.sources.table.get_mut(id) {
-                    source.waits_for_room = true;
-                    self.poller.set_source_room_watched(&source.io, source.token, true);
-                }
+        }
+        for id in std::mem::take(&mut self.sources.full) {
+            if let Some(source) = self.sources.table.get_mut(id) {
+                source.waits_for_room = true;
+                self.poller.set_source_room_watched(&source.io, source.token, true);
             }
         }
     }

@@ -57,6 +57,8 @@ pub struct Source {
     pub waits_for_room: bool,
     /// Among the ready ones.
     pub is_ready: bool,
+    /// Among the due ones.
+    pub is_due: bool,
     /// Waits for an upstream's queue.
     pub is_blocked: bool,
     /// Waits for outcomes, or for its client to read: whatever brings them makes it ready.
@@ -96,6 +98,13 @@ impl Source {
     pub fn queued_bytes(&self) -> usize {
         let received = self.buffer.as_ref().map_or(0, |buffer| buffer.unread().len());
         received + self.io.stream().map_or(0, |stream| stream.pending_bytes())
+    }
+
+    fn make_due(&mut self, id: SourceId, due: &mut VecDeque<SourceId>) {
+        if !self.is_due {
+            self.is_due = true;
+            due.push_back(id);
+        }
     }
 
     /// Writes what it is to be told, as far as it reads.
@@ -166,7 +175,7 @@ pub struct Sources {
     /// The sources themselves.
     pub table: SlotMap<SourceId, Source>,
     ready: VecDeque<SourceId>,
-    due: Vec<SourceId>,
+    due: VecDeque<SourceId>,
     /// Those whose sockets took no more.
     pub full: Vec<SourceId>,
     starved: Vec<SourceId>,
@@ -182,7 +191,7 @@ impl Sources {
         Sources {
             table: SlotMap::with_key(),
             ready: VecDeque::new(),
-            due: Vec::new(),
+            due: VecDeque::new(),
             full: Vec::new(),
             starved: Vec::new(),
             awake: Vec::new(),
@@ -256,15 +265,18 @@ impl Sources {
 
     /// Makes sure that `pump` looks at a source this turn.
     pub fn make_due(&mut self, id: SourceId) {
-        self.due.push(id);
+        if let Some(source) = self.table.get_mut(id) {
+            source.make_due(id, &mut self.due);
+        }
     }
 
-    /// Takes those that have something to be told, or may be done.
-    pub fn take_due(&mut self) -> Vec<SourceId> {
-        let mut due = std::mem::take(&mut self.due);
-        due.sort_unstable();
-        due.dedup();
-        due
+    /// The next one that has something to be told, or may be done.
+    pub fn pop_due(&mut self) -> Option<SourceId> {
+        let id = self.due.pop_front()?;
+        if let Some(source) = self.table.get_mut(id) {
+            source.is_due = false;
+        }
+        Some(id)
     }
 
     // Deadlines.
@@ -328,7 +340,7 @@ impl Sources {
     ) {
         if let Some(source) = self.table.get_mut(id) {
             source.session.handle_settled(upstream, settled, messages);
-            self.due.push(id);
+            source.make_due(id, &mut self.due);
             let is_unsent = match settled {
                 Settled::Sent => false,
                 Settled::Dropped(_) | Settled::Expired => true,
@@ -386,7 +398,7 @@ impl Sources {
             }
             Io::Fifo(_) | Io::Pipe(_) => {}
         }
-        self.due.push(owner.source);
+        self.make_due(owner.source);
     }
 
     /// Tells the owner of a request that it failed.
@@ -401,7 +413,7 @@ impl Sources {
             Io::Socketpair(_) => source.ended = Some(Reason::RequestFailed),
             Io::Fifo(_) | Io::Pipe(_) => {}
         }
-        self.due.push(owner.source);
+        source.make_due(owner.source, &mut self.due);
     }
 
     /// Passes a connection to the owner of a lease, or says why it cannot be passed.
@@ -415,16 +427,15 @@ impl Sources {
         if source.is_hung_up || source.ended.is_some() {
             return Err(Reason::ClientGone);
         }
-        let passed = source.pass(owner.correlation, &BrokerMessage::Leased { lease }, connection);
-        self.due.push(owner.source);
-        passed
+        source.make_due(owner.source, &mut self.due);
+        source.pass(owner.correlation, &BrokerMessage::Leased { lease }, connection)
     }
 
     /// Tells the owner of a wish for a lease that it gets none.
     pub fn refuse_lease(&mut self, owner: Owner, failure: &Failure) {
         if let Some(source) = self.table.get_mut(owner.source) {
             source.tell_no_lease(owner.correlation, failure);
-            self.due.push(owner.source);
+            source.make_due(owner.source, &mut self.due);
         }
     }
 
