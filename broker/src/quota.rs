@@ -67,7 +67,8 @@ impl Account {
 
     fn is_empty(&self) -> bool {
         let Account { sessions, queued_bytes, descriptors, ring_bytes } = self;
-        [*sessions, *queued_bytes, *descriptors, *ring_bytes] == [0; 4]
+        // One by one: read as a block they would have to wait for the write before.
+        *sessions == 0 && *queued_bytes == 0 && *descriptors == 0 && *ring_bytes == 0
     }
 }
 
@@ -86,9 +87,8 @@ impl Quotas {
 
     /// Charges `amount` of `resource` to `uid`.
     pub fn charge(&self, uid: u32, resource: Resource, amount: usize) -> Result<Charge, Exceeded> {
-        let mut charge = Charge { quotas: self.clone(), uid, resource, amount: 0 };
-        charge.resize(amount)?;
-        Ok(charge)
+        self.book.borrow_mut().grow(uid, resource, amount)?;
+        Ok(Charge { quotas: self.clone(), uid, resource, amount })
     }
 }
 
@@ -103,6 +103,30 @@ impl Book {
             Resource::QueuedBytes => self.limits.queued_bytes_max,
             Resource::Descriptors => self.limits.descriptors_max,
             Resource::RingBytes => self.limits.ring_bytes_max,
+        }
+    }
+
+    fn grow(&mut self, uid: u32, resource: Resource, more: usize) -> Result<(), Exceeded> {
+        if more == 0 {
+            return Ok(());
+        }
+        let limit = self.limit(uid, resource);
+        let full =
+            resource == Resource::Sessions && self.sessions() + more > self.limits.sessions_max;
+        let held = self.accounts.get_mut(&uid).map_or(0, |account| *account.held(resource));
+        if full || held + more > limit {
+            return Err(Exceeded { limit });
+        }
+        *self.accounts.entry(uid).or_default().held(resource) += more;
+        Ok(())
+    }
+
+    fn shrink(&mut self, uid: u32, resource: Resource, less: usize) {
+        if let Some(account) = self.accounts.get_mut(&uid) {
+            *account.held(resource) -= less;
+            if account.is_empty() {
+                self.accounts.remove(&uid);
+            }
         }
     }
 
@@ -128,25 +152,10 @@ impl Charge {
 
     /// Holds `amount` from now on. Shrinking always succeeds; when growing fails nothing changes.
     pub fn resize(&mut self, amount: usize) -> Result<(), Exceeded> {
-        if amount > self.amount {
-            let mut book = self.quotas.book.borrow_mut();
-            let limit = book.limit(self.uid, self.resource);
-            let more = amount - self.amount;
-            let full = self.resource == Resource::Sessions
-                && book.sessions() + more > book.limits.sessions_max;
-            let held = book.accounts.entry(self.uid).or_default().held(self.resource);
-            if full || *held + more > limit {
-                return Err(Exceeded { limit });
-            }
-            *held += more;
-        } else {
-            let mut book = self.quotas.book.borrow_mut();
-            if let Some(account) = book.accounts.get_mut(&self.uid) {
-                *account.held(self.resource) -= self.amount - amount;
-                if account.is_empty() {
-                    book.accounts.remove(&self.uid);
-                }
-            }
+        let mut book = self.quotas.book.borrow_mut();
+        match amount.checked_sub(self.amount) {
+            Some(more) => book.grow(self.uid, self.resource, more)?,
+            None => book.shrink(self.uid, self.resource, self.amount - amount),
         }
         self.amount = amount;
         Ok(())

@@ -107,6 +107,7 @@ impl FrameHeader {
     ///
     /// # Errors
     /// As [`FrameHeader::encode`]; `out` is then unchanged.
+    #[inline]
     pub fn append(&self, body: &[u8], out: &mut Vec<u8>) -> Result<(), FrameError> {
         // Word by word into its place: a header assembled first and copied then would be read
         // back in other units than it was written in, which stalls the processor.
