@@ -53,6 +53,8 @@ pub struct Request {
     pub asked_at: Time,
     /// The caller's own deadline.
     pub caller_deadline: Option<Time>,
+    /// Its connection ends with it, and takes nothing behind it.
+    pub is_last: bool,
     /// How often it was put on a connection that was lost before its reply came.
     pub retries: u32,
     /// Where it is.
@@ -189,10 +191,12 @@ impl InFlight {
         owner: Owner,
         asked_at: Time,
         caller_deadline: Option<Time>,
+        is_last: bool,
         deadline: Time,
     ) -> RequestId {
         let place = Place::Waiting { deadline };
-        self.requests.insert(Request { owner, asked_at, caller_deadline, retries: 0, place })
+        let retries = 0;
+        self.requests.insert(Request { owner, asked_at, caller_deadline, is_last, retries, place })
     }
 
     /// Puts a waiting request into a new slot of a connection, which [has room](Self::has_room).

@@ -591,8 +591,14 @@ impl Pool {
         self.counts.end(RequestEnd::Refused(reason));
     }
 
-    /// Asks for the exclusive use of a connection for one exchange.
-    pub fn request(&mut self, now: Time, owner: Owner, caller_deadline: Option<Time>) -> Acquire {
+    /// Asks for a connection for one exchange; `is_last` says that the connection ends with it.
+    pub fn request(
+        &mut self,
+        now: Time,
+        owner: Owner,
+        caller_deadline: Option<Time>,
+        is_last: bool,
+    ) -> Acquire {
         self.counts.requests += 1;
         if let Some(reason) = self.settings.requests_refused {
             return self.refuse(reason);
@@ -601,7 +607,7 @@ impl Pool {
         let deadline = earliest(wait, caller_deadline);
         self.retry_budget.handle_request();
         if let Some(conn) = self.select(now, owner) {
-            let request = self.in_flight.insert(owner, now, caller_deadline, deadline);
+            let request = self.in_flight.insert(owner, now, caller_deadline, is_last, deadline);
             if let Some(tag) = self.grant(now, request, conn) {
                 // In order also with what is still to be carried out.
                 if self.actions.is_empty() {
@@ -619,7 +625,7 @@ impl Pool {
         if self.waiters.len() >= self.settings.limits.waiters_max {
             return self.refuse(Reason::WaitersFull);
         }
-        let request = self.in_flight.insert(owner, now, caller_deadline, deadline);
+        let request = self.in_flight.insert(owner, now, caller_deadline, is_last, deadline);
         self.deadlines.insert(deadline, Timer::Request(request));
         self.waiters.push_back(request);
         self.want_connections(now);

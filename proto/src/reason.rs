@@ -115,6 +115,8 @@ reasons! {
     LeaseEnded "lease_ended" "the lease ended without giving the connection back";
     LeaseUnclean "lease_unclean" "the connection was given back with bytes unread or unsent";
     DescriptorsFull "descriptors_full" "as many descriptors are on their way to clients as the kernel allows";
+    // A connection's end.
+    RequestEndsConnection "request_ends_connection" "a request asked the upstream to close the connection behind its reply";
 }
 
 impl Reason {

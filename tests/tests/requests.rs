@@ -638,6 +638,49 @@ fn with_limits(url: &str, limits: &str) -> Broker {
     Broker::builder().config(&config).start()
 }
 
+/// Answers each HTTP request; behind one that says `Connection: close` it hangs up, as servers do.
+fn serve_http(connection: &TcpStream) {
+    let mut lines = BufReader::new(connection).lines().map_while(Result::ok);
+    while lines.next().is_some() {
+        let fields = lines.by_ref().take_while(|line| !line.is_empty());
+        let closes = fields.filter(|line| line == "Connection: close").count() > 0;
+        // Time for others to come behind it.
+        thread::sleep(Duration::from_millis(200));
+        let reply = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+        if { connection }.write_all(reply.as_bytes()).is_err() || closes {
+            return;
+        }
+    }
+}
+
+#[test]
+fn nothing_is_pipelined_behind_a_request_that_closes_the_connection() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("tcp://{}?framing=http1", listener.local_addr().unwrap());
+    thread::spawn(move || {
+        for connection in listener.incoming() {
+            serve_http(&connection.unwrap());
+        }
+    });
+    let broker = with_limits(&url, "connections_max = 1\npipeline_depth = 16");
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let upstream = client.open("echo");
+    let plain = b"POST /pay HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n";
+    client.request(upstream, 0, plain).reply();
+    client.send_request(upstream, 1, 0, plain);
+    client.send_request(upstream, 2, 0, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n");
+    (3..6).for_each(|id| client.send_request(upstream, id, 0, plain));
+    for id in 1..6 {
+        let (answered, answer) = client.next_answer();
+        assert_eq!(answered, id);
+        assert!(answer.reply().ends_with(b"ok"));
+    }
+    let status = broker.upstream_status("echo");
+    assert_eq!(count_of(&status, "connections_closed", "request_ends_connection"), 1);
+    assert_eq!((total(&status, "replied"), total(&status, "connections_opened")), (6, 2));
+    assert_eq!(status["breaker"], "closed");
+}
+
 fn kill(process: &mut Child) {
     process.kill().unwrap();
     process.wait().unwrap();

@@ -79,6 +79,7 @@ impl Pool {
         if let Place::Waiting { deadline } = entry.place {
             self.deadlines.remove(deadline, Timer::Request(request));
         }
+        let is_last = entry.is_last;
         let limits = &self.settings.limits;
         let hopeless_at = now + limits.request_timeout;
         let deadline = earliest(hopeless_at, entry.caller_deadline);
@@ -97,6 +98,9 @@ impl Pool {
         let uses_max = self.settings.limits.requests_per_connection_max;
         if uses_max > 0 && self.conns.get(conn)?.uses >= uses_max {
             self.retire(conn, Reason::UsesMax);
+        }
+        if is_last {
+            self.retire(conn, Reason::RequestEndsConnection);
         }
         self.list(conn);
         Some(tag)

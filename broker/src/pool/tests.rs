@@ -262,6 +262,35 @@ fn a_connection_closes_after_its_last_use() {
 }
 
 #[test]
+fn nothing_follows_a_request_with_which_its_connection_ends() {
+    let mut world = tcp(|limits| {
+        limits.pipeline_depth = 4;
+        limits.connections_max = 1;
+    });
+    let conn = world.idle_conns(1)[0];
+    let before = world.ask();
+    let last = world.ask_last();
+    let behind = world.ask();
+    assert_eq!([before, last, behind].map(|r| world.on(r)), [Some(conn), Some(conn), None]);
+    world.reply(conn);
+    assert_eq!(world.on(behind), None);
+    world.reply(conn);
+    assert_eq!(world.ends[&last], (RequestEnd::Replied, true));
+    assert_eq!(world.closes[&conn], Reason::RequestEndsConnection);
+    assert_eq!((world.pool.breaker(), world.pool.last_failure()), (Breaker::Closed, None));
+    let next = world.connect();
+    assert_eq!(world.on(behind), Some(next));
+    // One that waited ends its connection, too.
+    world.reply(next);
+    let [_, waiting] = [world.ask_last(), world.ask_last()];
+    world.reply(next);
+    let next = world.connect();
+    assert_eq!(world.on(waiting), Some(next));
+    world.reply(next);
+    assert_eq!(world.closes[&next], Reason::RequestEndsConnection);
+}
+
+#[test]
 fn the_breaker_opens_and_waiters_fail_with_the_cached_reason() {
     let mut world = tcp(|_| ());
     let request = world.ask();

@@ -411,10 +411,11 @@ pub(super) fn classify(body: &[u8]) -> Verdict {
     if let Some(what) = head.refused() {
         return Verdict::Refused { reason: Reason::Stateful, what: what.to_owned() };
     }
-    match head.start {
-        Start::HeadRequest => Verdict::One(Expect::HeaderOnly),
-        Start::Request | Start::ConnectRequest | Start::Status(_) => Verdict::One(Expect::Plain),
-    }
+    let expect = match head.start {
+        Start::HeadRequest => Expect::HeaderOnly,
+        Start::Request | Start::ConnectRequest | Start::Status(_) => Expect::Plain,
+    };
+    if head.is_last() { Verdict::Last(expect) } else { Verdict::One(expect) }
 }
 
 #[cfg(test)]
@@ -815,11 +816,11 @@ mod tests {
     #[test]
     fn requests_that_occupy_the_connection_are_refused() {
         for (request, expected) in [
+            ("Connect x:1 HTTP/1.1\r\n\r\n", Some("CONNECT")),
             ("CONNECT x:1 HTTP/1.1\r\n\r\n", Some("CONNECT")),
             ("connect x:1 HTTP/1.1\r\n\r\n", Some("CONNECT")),
             ("GET / HTTP/1.1\r\nConnection: Upgrade\r\nupgrade: h2c\r\n\r\n", Some("Upgrade")),
-            ("GET / HTTP/1.1\r\nConnection: close\r\nExpect: 100-continue\r\n\r\n", None),
-            ("GET / HTTP/1.0\r\n\r\n", None),
+            ("GET / HTTP/1.1\r\nExpect: 100-continue\r\n\r\n", None),
             ("POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 01\r\n\r\nx", None),
         ] {
             assert_eq!(request_look(request), whole(request));
@@ -841,6 +842,27 @@ mod tests {
         let two = b"GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n";
         assert_eq!(encode(two, &mut vec![]), Err(Reason::Malformed));
         assert_eq!(encode(b"", &mut vec![]), Err(Reason::Malformed));
+    }
+
+    #[test]
+    fn a_request_says_when_its_connection_ends() {
+        let one = Verdict::One(Expect::Plain);
+        let last = Verdict::Last(Expect::Plain);
+        for (request, expected) in [
+            ("GET / HTTP/1.1\r\nConnection: keep-alive\r\n\r\n", &one),
+            ("GET / HTTP/1.1\r\nConnection: closed\r\n\r\n", &one),
+            ("GET / HTTP/1.1\r\nX-Connection: close\r\n\r\n", &one),
+            ("GET / HTTP/1.1\r\nconnection: Close\r\n\r\n", &last),
+            ("GET / HTTP/1.1\r\nConnection: TE,\tclose\r\nTE: trailers\r\n\r\n", &last),
+            ("GET / HTTP/1.1\r\nConnection: TE\r\nConnection: close\r\n\r\n", &last),
+            ("GET / HTTP/1.1\r\nConnection: keep-alive, close\r\n\r\n", &last),
+            ("GET / HTTP/1.0\r\n\r\n", &last),
+            ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", &one),
+            ("HEAD / HTTP/1.1\r\nConnection: close\r\n\r\n", &Verdict::Last(Expect::HeaderOnly)),
+        ] {
+            assert_eq!(classify(request.as_bytes()), *expected, "{request:?}");
+            assert_eq!(encode(request.as_bytes(), &mut vec![]), Ok(()));
+        }
     }
 
     #[test]

@@ -422,7 +422,7 @@ pub(super) fn classify(body: &[u8]) -> Verdict {
 pub(super) fn encode(body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
     match classify(body) {
         Verdict::Refused { reason, .. } => return Err(reason),
-        Verdict::One(_) | Verdict::None => append(body, out),
+        Verdict::One(_) | Verdict::Last(_) | Verdict::None => append(body, out),
     }
     Ok(())
 }

@@ -12,6 +12,9 @@ use crate::reason::Reason;
 pub enum Verdict {
     /// One, of this kind.
     One(Expect),
+    /// One, of this kind, behind which the peer closes the connection because the request says so:
+    /// nothing may follow it there.
+    Last(Expect),
     /// None: it is done once it is written.
     None,
     /// It would change or occupy a connection that others share: [`Reason::Stateful`]. Or it is not

@@ -58,6 +58,8 @@ pub struct World {
     pub asks: u64,
     /// Requests that have not ended: whose, and on which connection.
     pub asked: BTreeMap<RequestId, (Owner, Option<ConnId>)>,
+    /// Requests with which their connection ends.
+    pub last: BTreeSet<RequestId>,
     /// Sockets take nothing for now.
     pub holds: bool,
     pub lent: BTreeMap<LeaseId, (ConnId, SourceId)>,
@@ -122,6 +124,7 @@ impl World {
             sockets: BTreeMap::new(),
             closes: BTreeMap::new(),
             asks: 0,
+            last: BTreeSet::new(),
             asked: BTreeMap::new(),
             holds: false,
             lent: BTreeMap::new(),
@@ -166,17 +169,32 @@ impl World {
     // Requests.
 
     pub fn ask_as(&mut self, source: SourceId, patience: Option<u64>) -> Result<RequestId, Reason> {
+        self.ask_for(source, patience, false)
+    }
+
+    pub fn ask_last(&mut self) -> RequestId {
+        self.ask_for(self.source(0), None, true).unwrap()
+    }
+
+    fn ask_for(
+        &mut self,
+        source: SourceId,
+        patience: Option<u64>,
+        is_last: bool,
+    ) -> Result<RequestId, Reason> {
         self.asks += 1;
         let owner = Owner { source, correlation: self.asks };
         let deadline = patience.map(|milliseconds| self.now + ms(milliseconds));
-        let answer = match self.pool.request(self.now, owner, deadline) {
+        let answer = match self.pool.request(self.now, owner, deadline, is_last) {
             Acquire::Granted { request, conn, tag } => {
                 self.asked.insert(request, (owner, None));
+                self.last.extend(is_last.then_some(request));
                 self.put(request, conn, tag);
                 Ok(request)
             }
             Acquire::Queued { request } => {
                 self.asked.insert(request, (owner, None));
+                self.last.extend(is_last.then_some(request));
                 assert!(self.pool.waiters() <= self.pool.settings.limits.waiters_max);
                 Ok(request)
             }
@@ -212,6 +230,8 @@ impl World {
         assert!(socket.role == Role::Exchange && socket.is_up && !socket.is_spoiled);
         assert_eq!(socket.lent_to, None, "somebody may have kept a copy");
         assert!(socket.slots.iter().all(|(other, _)| *other != tag), "each has its own");
+        let is_last = |(_, other): &(Tag, RequestId)| self.last.contains(other);
+        assert!(!socket.slots.iter().any(is_last), "the peer reads nothing behind it");
         socket.slots.push_back((tag, request));
         let asked = &self.asked;
         let awaited = socket.slots.iter().filter(|(_, request)| asked.contains_key(request));
@@ -850,7 +870,10 @@ impl World {
     fn take_step(&mut self, (deed, index, amount, goes_well): Step) {
         let source = self.source(index);
         match deed {
-            Deed::Ask => _ = self.ask_as(source, (!goes_well).then_some(amount as u64 / 4)),
+            Deed::Ask => {
+                let patience = (!goes_well).then_some(amount as u64 / 4);
+                let _ = self.ask_for(source, patience, amount == 19);
+            }
             Deed::Cancel => {
                 if let Some(request) = self.asked.keys().nth(index).copied() {
                     self.cancel(request);

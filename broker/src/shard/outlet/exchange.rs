@@ -177,30 +177,35 @@ impl Upstream {
                 self.pool.refuse_request(reason);
                 Err(self.refusal(reason, &what))
             }
-            Ok(meta) => match self.pool.request(now, owner, timeout.map(|after| now + after)) {
-                Acquire::Granted { request, conn, tag } => {
-                    self.put(conn, request, tag, &mut bytes, meta);
-                    Ok(request)
+            Ok((meta, is_last)) => {
+                let deadline = timeout.map(|after| now + after);
+                match self.pool.request(now, owner, deadline, is_last) {
+                    Acquire::Granted { request, conn, tag } => {
+                        self.put(conn, request, tag, &mut bytes, meta);
+                        Ok(request)
+                    }
+                    Acquire::Queued { request } => {
+                        self.bodies.insert(request, Body { bytes: bytes.clone(), meta });
+                        Ok(request)
+                    }
+                    Acquire::Refused(reason) => {
+                        Err(self.failure(RequestEnd::Refused(reason), false))
+                    }
                 }
-                Acquire::Queued { request } => {
-                    self.bodies.insert(request, Body { bytes: bytes.clone(), meta });
-                    Ok(request)
-                }
-                Acquire::Refused(reason) => Err(self.failure(RequestEnd::Refused(reason), false)),
-            },
+            }
         };
         self.scratch = bytes;
         answer
     }
 
-    /// Checks a request and appends it to `bytes` as it is written; why it cannot be, and what of
-    /// it.
+    /// Checks a request and appends it to `bytes` as it is written; whether its connection ends
+    /// with it. Or why it cannot be written, and what of it.
     fn prepare(
         &self,
         body: &[u8],
         charge: Charge,
         bytes: &mut Vec<u8>,
-    ) -> Result<Meta, (Reason, String)> {
+    ) -> Result<(Meta, bool), (Reason, String)> {
         let refused = |reason| (reason, String::new());
         if body.is_empty() {
             return Err(refused(Reason::Empty));
@@ -209,9 +214,10 @@ impl Upstream {
             return Err(refused(Reason::TooLong));
         }
         let framing = self.request_framing();
-        let expect = match framing.classify(body) {
-            Verdict::One(expect) => Some(expect),
-            Verdict::None => None,
+        let (expect, is_last) = match framing.classify(body) {
+            Verdict::One(expect) => (Some(expect), false),
+            Verdict::Last(expect) => (Some(expect), true),
+            Verdict::None => (None, false),
             Verdict::Refused { reason, what } => return Err((reason, what)),
         };
         let client_id = match self.config.url.id {
@@ -223,7 +229,7 @@ impl Upstream {
         framing.encode(body, bytes).map_err(refused)?;
         let behind = usize::from(framing == Framing::Netstring);
         let body_at = bytes.len().saturating_sub(body.len() + behind);
-        Ok(Meta { expect, body_at, client_id, charge: Some(charge) })
+        Ok((Meta { expect, body_at, client_id, charge: Some(charge) }, is_last))
     }
 
     fn request_framing(&self) -> Framing {

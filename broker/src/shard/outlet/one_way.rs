@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use poolbroker_proto::framing::Framing;
+use poolbroker_proto::framing::{Framing, Verdict};
 use poolbroker_proto::reason::Reason;
 use rustix::io::Errno;
 
@@ -48,7 +48,7 @@ impl Wire {
     ) -> Result<(), Reason> {
         match self {
             Wire::Framed(framing) if is_line => framing.encode_line(body, out),
-            Wire::Framed(framing) => framing.encode(body, out),
+            Wire::Framed(framing) => encode_framed(*framing, body, out),
             Wire::Separated(separator) if separator.is_in(body) => Err(Reason::Delimiter),
             Wire::Separated(separator) => {
                 out.extend_from_slice(body);
@@ -72,7 +72,7 @@ impl Wire {
             Wire::Framed(framing) => {
                 scratch.clear();
                 copy(scratch);
-                return framing.encode(scratch, out);
+                return encode_framed(*framing, scratch, out);
             }
             Wire::Separated(separator) => {
                 copy(out);
@@ -84,6 +84,16 @@ impl Wire {
             }
         }
         Ok(())
+    }
+}
+
+/// A message that ends its connection is refused: those behind it would be sent and never read.
+fn encode_framed(framing: Framing, body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
+    match framing {
+        Framing::Http1 if matches!(framing.classify(body), Verdict::Last(_)) => {
+            Err(Reason::Stateful)
+        }
+        framing => framing.encode(body, out),
     }
 }
 
@@ -196,6 +206,16 @@ mod tests {
                     }
                 }
             }
+        }
+        let http = Wire::Framed(Framing::Http1);
+        for (body, result) in [
+            (&b"GET / HTTP/1.1\r\n\r\n"[..], Ok(())),
+            (b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n", Err(Reason::Stateful)),
+            (b"GET / HTTP/1.0\r\n\r\n", Err(Reason::Stateful)),
+            (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", Ok(())),
+        ] {
+            assert_eq!(http.encode(body, false, &mut Vec::new()), result);
+            assert_eq!(copied(&http, body).0, result);
         }
         assert_eq!(copied(&wires[3], b"a\nFORGED").0, Err(Reason::Delimiter));
         assert_eq!(copied(&wires[4], b"a:").0, Err(Reason::Delimiter));
