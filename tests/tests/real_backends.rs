@@ -17,7 +17,7 @@ use std::thread;
 use std::time::Duration;
 
 use poolbroker_client::{Client, Reason};
-use poolbroker_proto::framing::{Cut, Cutter, Framing};
+use poolbroker_proto::framing::{Cut, Cutter, Expect, Framing, ReplyCut, ReplyCutter, Verdict};
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::total;
 use poolbroker_tests::deadline::wait_for;
@@ -371,6 +371,168 @@ fn memcached_is_used_by_many_through_restarts() {
     let mut stream = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
     stream.write_all(b"set k 0 0 5\r\nvalue\r\n").unwrap();
     ask_through_restarts(&mut server, &config, "it 'get k'");
+}
+
+/// A command line, often one that memcached knows, and perhaps data behind it.
+fn any_memcached_command(random: &mut fastrand::Rng) -> Vec<u8> {
+    const NAMES: &[&str] = &[
+        "get",
+        "gets",
+        "gat",
+        "gats",
+        "set",
+        "add",
+        "replace",
+        "append",
+        "prepend",
+        "cas",
+        "ms",
+        "mg",
+        "md",
+        "ma",
+        "me",
+        "mn",
+        "delete",
+        "incr",
+        "decr",
+        "touch",
+        "flush_all",
+        "verbosity",
+        "cache_memlimit",
+        "version",
+        "slabs",
+        "lru",
+        "lru_crawler",
+        "stats",
+        "watch",
+        "quit",
+    ];
+    const WORDS: &[&str] = &[
+        "k",
+        "k",
+        "other",
+        "0",
+        "1",
+        "2",
+        "00",
+        "02",
+        "-1",
+        "+1",
+        "1x",
+        "x",
+        "4294967296",
+        "2147483648",
+        "18446744073709551615",
+        "18446744073709551616",
+        "noreply",
+        "noreply",
+        "v",
+        "q",
+        "b",
+        "k",
+        "T0",
+        "Tx",
+        "N30",
+        "O1",
+        "I",
+        "MS",
+        "MQ",
+        "S2",
+        "c",
+        "f",
+        "s",
+        "automove",
+        "reassign",
+        "enable",
+        "disable",
+        "crawl",
+        "all",
+        "sleep",
+        "100",
+        "tocrawl",
+        "mode",
+        "flat",
+        "segmented",
+        "tune",
+        "temp_ttl",
+        "items",
+        "slabs",
+        "sizes",
+        "sizes_enable",
+        "cachedump",
+        "detail",
+        "on",
+        "off",
+        "dump",
+        "settings",
+        "conns",
+        "reset",
+        "0.1",
+        "2.0",
+        "50",
+        "extstore",
+    ];
+    let mut line = " ".repeat(usize::from(random.u8(..8) == 0));
+    line.push_str(NAMES[random.usize(..NAMES.len())]);
+    for _ in 0..random.u8(..7) {
+        line.push_str(if random.u8(..8) == 0 { "  " } else { " " });
+        line.push_str(WORDS[random.usize(..WORDS.len())]);
+    }
+    line.push_str(["\r\n", "\r\n", "\n", " \r\n"][random.usize(..4)]);
+    if random.bool() {
+        line.push_str(["\r\n", "mn\r\n", "m\r\n"][random.usize(..3)]);
+    }
+    line.into_bytes()
+}
+
+#[test]
+#[ignore = "needs memcached; run by .ci/run with -- --ignored"]
+fn memcached_gives_each_command_the_reply_that_its_framing_expects() {
+    let server = Server::start(memcached);
+    let mut stream = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    let seed = std::env::var("POOLBROKER_SEED").ok().and_then(|seed| seed.parse().ok());
+    let mut random = fastrand::Rng::with_seed(seed.unwrap_or(1));
+    let known = include_str!("memcached_commands.txt").lines();
+    let known = known.map(|line| line.replace("\\n", "\r\n").into_bytes());
+    let commands = known.chain((0..20_000).map(|_| any_memcached_command(&mut random)));
+    let mut taken = 0;
+    for command in commands {
+        let shown = command.escape_ascii();
+        let expect = match Framing::Memcached.classify(&command) {
+            Verdict::One(expect) => Some(expect),
+            Verdict::None => None,
+            Verdict::Last(_) | Verdict::Refused { .. } => continue,
+        };
+        taken += 1;
+        let mut bytes = Vec::new();
+        Framing::Memcached.encode(&command, &mut bytes).unwrap();
+        bytes.extend_from_slice(b"version\r\n");
+        stream.write_all(&bytes).unwrap();
+        let (mut cutter, mut buffer) = (ReplyCutter::new(Framing::Memcached, 1 << 20), vec![]);
+        let mut next_reply = |expect| loop {
+            match cutter.next_reply(Some(expect), &buffer) {
+                ReplyCut::Reply { body, consumed, .. } => {
+                    let reply = buffer[body].to_vec();
+                    buffer.drain(..consumed);
+                    return reply;
+                }
+                ReplyCut::Incomplete => {
+                    let mut block = [0; 65_536];
+                    let bytes = stream.read(&mut block).unwrap_or_else(|e| panic!("{shown}: {e}"));
+                    assert!(bytes > 0, "{shown}: memcached hung up");
+                    buffer.extend_from_slice(&block[..bytes]);
+                }
+                other => panic!("{shown}: {other:?} of {}", buffer.escape_ascii()),
+            }
+        };
+        let reply = expect.map(&mut next_reply).unwrap_or_default();
+        let behind = next_reply(Expect::Plain);
+        let (reply, behind) = (reply.escape_ascii(), behind.escape_ascii().to_string());
+        assert!(behind.starts_with("VERSION "), "{shown}: {reply} and then {behind}");
+        assert!(buffer.is_empty(), "{shown}: {reply}, {behind}, and then more");
+    }
+    assert!(taken > 2_000, "{taken}");
 }
 
 #[test]

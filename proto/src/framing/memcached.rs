@@ -185,6 +185,8 @@ fn is_status(word: &[u8], line: &[u8]) -> bool {
         // Of `slabs` and `lru_crawler`.
         b"BUSY" | b"BADCLASS" | b"NOSPARE" | b"NOTFULL" | b"UNSAFE" | b"SAME" => true,
         b"NOTSTARTED" => true,
+        // Of `cache_memlimit`.
+        b"MEMLIMIT_TOO_SMALL" | b"MEMLIMIT_ADJUST_FAILED" => true,
         _ => is_error(word) || number::<u64>(Some(line)).is_ok(),
     }
 }
@@ -261,9 +263,10 @@ fn read(line: &[u8]) -> Result<Command, String> {
     let name = fields.next().unwrap_or_default();
     let shown = name.get(..NAME_BYTES_MAX).unwrap_or(name).escape_ascii();
     let Some(kind) = Kind::of(name) else {
-        return Err(format!("unknown command {shown}"));
+        return Err(format!("unknown command {shown}, for which there are leases"));
     };
-    if line.len() > LINE_BYTES_MAX && kind != Kind::Get {
+    // memcached looks for `get ` at the very start of such a line.
+    if line.len() > LINE_BYTES_MAX && !(kind == Kind::Get && line.starts_with(b"get")) {
         return Err("a command line that is too long".into());
     }
     let stateful = |what| Verdict::Refused { reason: Reason::Stateful, what };
@@ -277,7 +280,13 @@ fn read(line: &[u8]) -> Result<Command, String> {
             fields.try_for_each(|field| key(Some(field)))?;
             Verdict::One(Expect::Values)
         }
-        Kind::Stats => Verdict::One(Expect::Stats),
+        Kind::Stats => match fields.next() {
+            // Their one line looks like the first of several, and no `END` follows it.
+            Some(switch @ (b"sizes_enable" | b"sizes_disable")) => {
+                stateful(format!("{shown} {}", switch.escape_ascii()))
+            }
+            _ => Verdict::One(Expect::Stats),
+        },
         Kind::Store | Kind::CompareAndStore => {
             key(fields.next())?;
             number::<u32>(fields.next())?;
@@ -340,7 +349,7 @@ fn read(line: &[u8]) -> Result<Command, String> {
             None => Verdict::One(Expect::Plain),
             Some(_) => return Err("too many fields".into()),
         },
-        Kind::Tuning => match fields.next() {
+        Kind::Tuning => match fields.clone().next() {
             Some(dump @ (b"metadump" | b"mgdump")) => {
                 stateful(format!("{shown} {}", dump.escape_ascii()))
             }
@@ -668,6 +677,11 @@ mod tests {
             ("RESET", plain | stats),
             ("VERSION 1.6", plain | stats),
             ("BUSY currently processing", plain | stats),
+            ("BADCLASS invalid class id", plain | stats),
+            ("NOSPARE source class has no spare pages", plain | stats),
+            ("SAME src and dst class are identical", plain | stats),
+            ("MEMLIMIT_TOO_SMALL cannot set maxbytes to less than 8m", plain | stats),
+            ("MEMLIMIT_ADJUST_FAILED input value is megabytes not bytes", plain | stats),
             ("18446744073709551615", plain | stats),
             ("OK", plain | stats | meta),
             ("ERROR", plain | values | stats | meta),
@@ -843,6 +857,8 @@ mod tests {
             ("shutdown graceful", "shutdown"),
             ("lru_crawler metadump all", "lru_crawler metadump"),
             ("lru_crawler  mgdump all", "lru_crawler mgdump"),
+            (" stats  sizes_enable", "stats sizes_enable"),
+            ("stats sizes_disable now", "stats sizes_disable"),
         ] {
             let expected = Verdict::Refused { reason: Reason::Stateful, what: expected.into() };
             assert_eq!(classify(body.as_bytes()), expected, "{body:?}");
@@ -859,9 +875,10 @@ mod tests {
     fn what_memcached_would_refuse_is_refused_before() {
         let key = "k".repeat(KEY_BYTES_MAX + 1);
         let flags = "f ".repeat(META_WORDS_MAX - 1);
-        assert_eq!(malformed("foo k 1"), "unknown command foo");
-        assert_eq!(malformed("GET k"), "unknown command GET");
-        assert!(malformed(&"x".repeat(99)).len() < 60);
+        let long = format!("get {}", "key ".repeat(LINE_BYTES_MAX));
+        assert_eq!(malformed("foo k 1"), "unknown command foo, for which there are leases");
+        assert_eq!(malformed("GET k"), "unknown command GET, for which there are leases");
+        assert!(malformed(&"x".repeat(99)).len() < 90);
         for body in [
             "",
             " ",
@@ -908,6 +925,8 @@ mod tests {
             "cache_memlimit x",
             "slabs automove 1 noreply",
             "lru tune noreply",
+            "lru_crawler noreply",
+            &format!(" {long}"),
             "mn q",
             "mg",
             "ms k",
