@@ -827,7 +827,7 @@ impl Pool {
         owner.filter(|_| is_deliverable)
     }
 
-    /// The upstream closes the connection behind the reply that came last.
+    /// The upstream closes the connection behind the reply that came last, or is coming.
     pub fn handle_last_reply(&mut self, conn: ConnId) {
         self.retire(conn, Reason::ReplyEndsConnection);
     }

@@ -681,6 +681,59 @@ fn nothing_is_pipelined_behind_a_request_that_closes_the_connection() {
     assert_eq!(status["breaker"], "closed");
 }
 
+#[test]
+fn nothing_is_pipelined_behind_a_reply_that_ends_with_its_connection() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("tcp://{}?framing=http1", listener.local_addr().unwrap());
+    let server = thread::spawn(move || {
+        let (mut first, _) = listener.accept().unwrap();
+        assert!(first.read(&mut [0; 1024]).unwrap() > 0);
+        first.write_all(b"HTTP/1.1 200 OK\r\n\r\nbegun, ").unwrap();
+        let (mut second, _) = listener.accept().unwrap();
+        assert!(second.read(&mut [0; 1024]).unwrap() > 0);
+        second.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").unwrap();
+        first.write_all(b"ended").unwrap();
+        second
+    });
+    let broker = with_limits(&url, "connections_max = 2\npipeline_depth = 16");
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let upstream = client.open("echo");
+    let question = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n";
+    client.send_request(upstream, 1, 0, question);
+    broker.wait_until_upstream("echo", |status| {
+        list(status, "connections").iter().any(|conn| total(conn, "bytes_in") > 0)
+    });
+    client.send_request(upstream, 2, 0, question);
+    let mut replies = [client.next_answer(), client.next_answer()];
+    replies.sort_by_key(|(id, _)| *id);
+    let [(_, first), (_, second)] = replies;
+    assert!(first.reply().ends_with(b"begun, ended"));
+    assert!(second.reply().ends_with(b"ok"));
+    server.join().unwrap();
+}
+
+#[test]
+fn a_request_on_which_servers_may_differ_is_named_and_not_sent() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("tcp://{}?framing=http1", listener.local_addr().unwrap());
+    let broker = with_limits(&url, "pipeline_depth = 16");
+    let smuggling = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\
+        Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
+    let named = "Content-Length beside Transfer-Encoding";
+    for (request, named) in [
+        (&smuggling[..], named),
+        (b"head / HTTP/1.1\r\nHost: x\r\n\r\n", "a method HEAD that is not in capitals"),
+        (b"Connect x:1 HTTP/1.1\r\nHost: x:1\r\n\r\n", "CONNECT; use a lease"),
+        (b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\n\r\n", "Upgrade; use a lease"),
+    ] {
+        let failure = ask(broker.runtime_dir(), "echo", request).failure();
+        assert!(failure.text.contains(named), "{failure:?}");
+        assert_eq!(failure.retry, Retry::NotSent);
+    }
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_err(), "nobody connected");
+}
+
 fn kill(process: &mut Child) {
     process.kill().unwrap();
     process.wait().unwrap();

@@ -144,6 +144,15 @@ impl ReplyCutter {
         }
     }
 
+    /// Whether the reply that has begun ends with the connection, and nothing follows it.
+    #[must_use]
+    pub fn is_until_close(&self) -> bool {
+        match &self.way {
+            Way::Plain(_) => false,
+            Way::Protocol { is_until_close, .. } => *is_until_close,
+        }
+    }
+
     /// The connection has ended: the reply that only its end completes, if `bytes` is one.
     pub fn finish(&mut self, bytes: &[u8]) -> Option<Range<usize>> {
         match &mut self.way {

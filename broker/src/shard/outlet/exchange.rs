@@ -519,7 +519,12 @@ impl Upstream {
                     buffer.consume(consumed);
                     self.pool.conn_mut(conn)?.replies_discarded += 1;
                 }
-                ReplyCut::Incomplete => return None,
+                ReplyCut::Incomplete => {
+                    if exchange.cutter.is_until_close() {
+                        self.pool.handle_last_reply(conn);
+                    }
+                    return None;
+                }
                 ReplyCut::Broken(reason) => return Some(reason),
             }
         }
