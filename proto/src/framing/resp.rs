@@ -578,14 +578,23 @@ const STATEFUL: [&[&str]; 13] = [
 ];
 
 /// The same of commands whose other subcommands are harmless.
-const STATEFUL_SUBCOMMANDS: [&str; 9] = [
+const STATEFUL_SUBCOMMANDS: [&str; 18] = [
     "CLIENT CACHING",
+    "CLIENT CAPA",
+    "CLIENT IMPORT-SOURCE",
     "CLIENT NO-EVICT",
     "CLIENT NO-TOUCH",
     "CLIENT REPLY",
     "CLIENT SETINFO",
     "CLIENT SETNAME",
     "CLIENT TRACKING",
+    "CLUSTER SYNCSLOTS",
+    "DEBUG ASSERT",
+    "DEBUG CRASH-AND-RECOVER",
+    "DEBUG OOM",
+    "DEBUG PANIC",
+    "DEBUG RESTART",
+    "DEBUG SEGFAULT",
     "DEBUG SLEEP",
     "SCRIPT DEBUG",
 ];
@@ -605,7 +614,7 @@ fn stateful(array: &[u8]) -> Option<&'static str> {
     if is(name, "XREADGROUP") {
         return blocks(words).then_some("XREADGROUP BLOCK");
     }
-    if !["CLIENT", "DEBUG", "SCRIPT"].iter().any(|with| is(name, with)) {
+    if !["CLIENT", "CLUSTER", "DEBUG", "SCRIPT"].iter().any(|with| is(name, with)) {
         return None;
     }
     let full = [name, words.next()?].join(&b' ');
@@ -1027,7 +1036,16 @@ mod tests {
             ("CLIENT CACHING", "CLIENT CACHING yes"),
             ("CLIENT NO-EVICT", "CLIENT no-evict on"),
             ("CLIENT NO-TOUCH", "CLIENT no-touch on"),
+            ("CLIENT CAPA", "client capa redirect"),
+            ("CLIENT IMPORT-SOURCE", "CLIENT import-source on"),
+            ("CLUSTER SYNCSLOTS", "cluster syncslots establish"),
             ("DEBUG SLEEP", "debug sleep 1"),
+            ("DEBUG RESTART", "DEBUG restart 1"),
+            ("DEBUG CRASH-AND-RECOVER", "DEBUG crash-and-recover"),
+            ("DEBUG SEGFAULT", "debug SEGFAULT"),
+            ("DEBUG PANIC", "debug PANIC"),
+            ("DEBUG ASSERT", "debug ASSERT"),
+            ("DEBUG OOM", "debug OOM"),
             ("SCRIPT DEBUG", "script debug yes"),
             ("XREAD BLOCK", "xread count 1 block 0 streams k $"),
             ("XREADGROUP BLOCK", "XREADGROUP GROUP STREAMS streams BLOCK 0 NOACK STREAMS k >"),
@@ -1046,6 +1064,8 @@ mod tests {
             "CLIENT",
             "CLIENT LIST",
             "CLIENT PAUSE 1",
+            "CLUSTER SLOTS",
+            "FAILOVER ABORT",
             "CLIENT TRACKINGINFO",
             "DEBUG OBJECT k",
             "XREAD COUNT 2 STREAMS BLOCK 0",
