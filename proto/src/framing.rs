@@ -16,6 +16,8 @@
 
 mod cutter;
 mod decimal;
+#[cfg(test)]
+mod fuzz;
 mod http1;
 mod length;
 mod memcached;
