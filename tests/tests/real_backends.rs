@@ -71,7 +71,6 @@ fn redis(dir: &Path, port: u16) -> Command {
     let mut command = Command::new("redis-server");
     command.args(["--port", &port.to_string(), "--save", "", "--appendonly", "no", "--dir"]);
     command.arg(dir);
-    command.args(["--enable-debug-command", "yes"]);
     command
 }
 
