@@ -113,3 +113,14 @@ fn requests_compares_the_broker_with_a_direct_connection_and_counts_what_the_bac
     assert!(seen("unix/echo/clients=64") <= 8.0);
     assert!((seen("direct/echo/clients=64") - 64.0).abs() < 0.5);
 }
+
+#[test]
+fn what_a_client_feels_of_neighbours_is_compared_with_being_alone() {
+    let results = results(&["isolation", "--case", "beside=down"]);
+    for probe in ["unix", "direct"] {
+        let beside = figure(&results, &format!("{probe}/beside=down"), "p99_us");
+        assert_eq!(beside["baseline"], "alone");
+        assert!(beside["ratio"].as_f64() > Some(0.0), "{beside:#}");
+        assert!(figure(&results, &format!("{probe}/alone"), "p99_us")["ratio"].is_null());
+    }
+}

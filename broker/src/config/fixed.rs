@@ -167,6 +167,18 @@ pub const BENCH_DESCRIPTORS_PER_PRODUCER: usize = 4;
 /// Descriptors beside those of sessions and producers.
 pub const BENCH_DESCRIPTORS_SPARE: usize = 1_000;
 
+/// Requests of a probe of `bench isolation`: some half a second.
+pub const BENCH_PROBE_REQUESTS: usize = 2_000;
+
+/// How long it rests between two.
+pub const BENCH_PROBE_PAUSE: Duration = Duration::from_micros(200);
+
+/// Clients beside it whose upstream is no good.
+pub const BENCH_NEIGHBOURS: usize = 8;
+
+/// How long each of them rests between two requests.
+pub const BENCH_NEIGHBOUR_PAUSE: Duration = ms(1);
+
 /// How long sessions are left alone before their idleness is measured.
 pub const BENCH_IDLE_CALM: Duration = ms(200);
 
@@ -217,8 +229,9 @@ pub const EVENTS_MAX: usize = 256;
 /// How much of a client's own text is repeated to it (M24).
 pub const CLIENT_TEXT_CHARS_MAX: usize = 64;
 
-/// Runs of sources per turn, if fewer are ready: 2,048 messages, a fraction of a millisecond.
-pub const RUNS_PER_TURN: usize = 32;
+/// Runs per turn of sources that always have more, before the loop looks who else is there: to look
+/// takes a few per cent of a run.
+pub const BUSY_RUNS_PER_TURN: usize = 1;
 
 /// What each turn of a source brings it (`credit.rs`): less than a run
 /// of small messages costs, so that no source leaves any of it unused.

@@ -103,6 +103,8 @@ pub enum Order {
 pub enum Served {
     /// There is more to do: another turn.
     Again,
+    /// Nothing was done: it pays for earlier turns.
+    Overdrawn,
     /// It is empty: nothing to do until an event.
     Idle,
     /// It is not looked at until something else has happened, which makes it ready again: outcomes
@@ -160,7 +162,7 @@ pub fn serve(desk: &mut Desk<'_>, sources: &mut Sources, id: SourceId) -> (Serve
     }
     let mut taken = Taken::default();
     if !source.credit.begin_turn(is_alone) {
-        return (Served::Again, 0);
+        return (Served::Overdrawn, 0);
     }
     let served = loop {
         if taken.messages >= desk.limits.run_messages_max

@@ -40,7 +40,7 @@ use self::upstreams::Upstreams;
 use crate::buffer::Spares;
 use crate::closer::Closer;
 use crate::config::{
-    ACCEPT_PAUSE, ACCEPTS_MAX, CLOSING_GRACE, DISCARD_INTERVAL, RUNS_PER_TURN, STARVED_PAUSE,
+    ACCEPT_PAUSE, ACCEPTS_MAX, BUSY_RUNS_PER_TURN, CLOSING_GRACE, DISCARD_INTERVAL, STARVED_PAUSE,
 };
 use crate::config::{BrokerLimits, Config, Dynamic, UpstreamLimits};
 use crate::ids::{ConnId, SourceId};
@@ -484,17 +484,14 @@ impl Shard {
     }
 
     fn serve_ready(&mut self) {
-        // Each ready source has a run; what is left of the turn goes round again.
-        for _ in 0..self.sources.ready_count().max(RUNS_PER_TURN) {
-            let id = match self.sources.pop_ready() {
-                Some(id) => id,
-                None => {
-                    // What was taken is sent, which may let rings go on.
-                    self.work();
-                    let Some(id) = self.sources.pop_ready() else { return };
-                    id
-                }
-            };
+        // Whoever comes now and then waits for one run of those who always have more, and not for one
+        // of each (RFC 8290, 4.2: new queues before old ones). Those have theirs in turn.
+        let mut busy_runs = 0;
+        for _ in 0..self.sources.ready_count() {
+            if busy_runs >= BUSY_RUNS_PER_TURN {
+                return;
+            }
+            let Some((id, is_busy)) = self.sources.pop_ready() else { return };
             let mut desk = Desk {
                 now: self.now,
                 upstreams: &mut self.upstreams,
@@ -513,7 +510,11 @@ impl Shard {
                 self.note_found(id, bytes);
             }
             match served {
-                Served::Again => self.sources.make_ready(id),
+                Served::Again => self.sources.make_busy(id),
+                Served::Overdrawn => {
+                    self.sources.make_busy(id);
+                    continue;
+                }
                 Served::Idle => self.rest(id),
                 Served::Held => {
                     if let Some(source) = self.sources.table.get_mut(id) {
@@ -534,6 +535,7 @@ impl Shard {
                     }
                 }
             }
+            busy_runs += usize::from(is_busy);
             self.sources.make_due(id);
             self.sources.schedule(id);
             for order in std::mem::take(&mut self.orders) {

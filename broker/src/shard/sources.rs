@@ -174,7 +174,10 @@ impl Source {
 pub struct Sources {
     /// The sources themselves.
     pub table: SlotMap<SourceId, Source>,
-    ready: VecDeque<SourceId>,
+    /// Ready, having had nothing before.
+    fresh: VecDeque<SourceId>,
+    /// Ready, having had more than a run.
+    busy: VecDeque<SourceId>,
     due: VecDeque<SourceId>,
     /// Those whose sockets took no more.
     pub full: Vec<SourceId>,
@@ -190,7 +193,8 @@ impl Sources {
     pub fn new(reply_queue_bytes_max: usize) -> Self {
         Sources {
             table: SlotMap::with_key(),
-            ready: VecDeque::new(),
+            fresh: VecDeque::new(),
+            busy: VecDeque::new(),
             due: VecDeque::new(),
             full: Vec::new(),
             starved: Vec::new(),
@@ -212,23 +216,35 @@ impl Sources {
 
     // Whose turn it is.
 
-    /// Puts a source behind the others that are ready.
+    /// Something has come: the source has its run this turn.
     pub fn make_ready(&mut self, id: SourceId) {
-        if let Some(source) = self.table.get_mut(id)
-            && !source.is_ready
-            && !source.is_blocked
-        {
-            source.is_ready = true;
-            source.is_held = false;
-            self.ready.push_back(id);
+        if self.get_ready(id) {
+            self.fresh.push_back(id);
         }
+    }
+
+    /// There is more: the source has its next run after the others of which that is true.
+    pub fn make_busy(&mut self, id: SourceId) {
+        if self.get_ready(id) {
+            self.busy.push_back(id);
+        }
+    }
+
+    fn get_ready(&mut self, id: SourceId) -> bool {
+        let source = self.table.get_mut(id);
+        let Some(source) = source.filter(|source| !source.is_ready && !source.is_blocked) else {
+            return false;
+        };
+        source.is_ready = true;
+        source.is_held = false;
+        true
     }
 
     /// The queue it waited for has room.
     pub fn unblock(&mut self, id: SourceId) {
         if let Some(source) = self.table.get_mut(id) {
             source.is_blocked = false;
-            self.make_ready(id);
+            self.make_busy(id);
         }
     }
 
@@ -240,7 +256,7 @@ impl Sources {
     /// Lets the starved ones try again.
     pub fn feed_starved(&mut self) {
         for id in std::mem::take(&mut self.starved) {
-            self.make_ready(id);
+            self.make_busy(id);
         }
     }
 
@@ -249,18 +265,19 @@ impl Sources {
         !self.starved.is_empty()
     }
 
-    /// How many are ready: those that become ready during a turn have theirs in the next one.
+    /// How many are ready.
     pub fn ready_count(&self) -> usize {
-        self.ready.len()
+        self.fresh.len() + self.busy.len()
     }
 
-    /// The one whose turn it is.
-    pub fn pop_ready(&mut self) -> Option<SourceId> {
-        let id = self.ready.pop_front()?;
+    /// The next one that is ready, and whether it has more than it could have done before.
+    pub fn pop_ready(&mut self) -> Option<(SourceId, bool)> {
+        let fresh = self.fresh.pop_front().map(|id| (id, false));
+        let (id, is_busy) = fresh.or_else(|| Some((self.busy.pop_front()?, true)))?;
         if let Some(source) = self.table.get_mut(id) {
             source.is_ready = false;
         }
-        Some(id)
+        Some((id, is_busy))
     }
 
     /// Makes sure that `pump` looks at a source this turn.

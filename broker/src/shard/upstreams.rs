@@ -145,7 +145,7 @@ mod tests {
         let now = Time::from_start(Duration::from_secs(1));
         let owner = Owner { source: SourceId::default(), correlation: 1 };
         // Without an address it waits.
-        let acquired = upstreams[1].pool.request(now, owner, None);
+        let acquired = upstreams[1].pool.request(now, owner, None, false);
         assert!(matches!(acquired, Acquire::Queued { .. }), "{acquired:?}");
         assert_eq!((upstreams.stirred(0), upstreams.stirred(1)), (Some(1), None));
         upstreams.settle();

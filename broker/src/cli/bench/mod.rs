@@ -4,8 +4,8 @@
 //! its own: the broker ([`ChildBroker`](super::child_broker::ChildBroker)), and this program again
 //! under hidden commands (`helper`) as producers (`load`), peers (`sink`), clients (`sessions`), a
 //! backend (`echo`) and the other end of a ring (`peer`). `stage` and `arena` measure one case once,
-//! with `backends` and `proxies` beside it; `one_way`, `requests`, `ring` and `idle` choose what is
-//! measured and beside what, and `measure` makes medians, ratios and verdicts of it.
+//! with `backends` and `proxies` beside it; `one_way`, `requests`, `ring`, `idle` and `isolation`
+//! choose what is measured and beside what, and `measure` makes medians, ratios and verdicts of it.
 
 mod arena;
 mod backends;
@@ -13,6 +13,7 @@ mod clock;
 mod echo;
 mod helper;
 mod idle;
+mod isolation;
 mod load;
 mod measure;
 mod one_way;
@@ -52,7 +53,8 @@ Examples:
   poolbroker bench one-way
   poolbroker bench requests
   poolbroker bench ring
-  poolbroker bench idle --json";
+  poolbroker bench idle --json
+  poolbroker bench isolation";
 
 #[derive(Debug, Subcommand)]
 enum Which {
@@ -60,6 +62,7 @@ enum Which {
     Requests(requests::Requests),
     Ring(ring::Ring),
     Idle(idle::Idle),
+    Isolation(isolation::Isolation),
 }
 
 impl Bench {
@@ -70,6 +73,7 @@ impl Bench {
             Which::Requests(requests) => requests.run(),
             Which::Ring(ring) => ring.run(),
             Which::Idle(idle) => idle.run(),
+            Which::Isolation(isolation) => isolation.run(),
         }
     }
 }
