@@ -16,7 +16,7 @@ use poolbroker_proto::reason::Reason;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, list, listener_in, total};
 use poolbroker_tests::deadline::PATIENCE;
-use poolbroker_tests::peers::{TcpEcho, TcpSink, UdpSink};
+use poolbroker_tests::peers::{Manners, TcpEcho, TcpSink, UdpSink};
 use poolbroker_tests::raw::{RawClient, ask};
 
 const MIB: u64 = 1024 * 1024;
@@ -57,6 +57,39 @@ fn a_stuck_upstream_holds_up_only_what_is_meant_for_it() {
     assert!(in_order && arrived.len() == LINES, "order or content changed");
     let status = broker.status();
     broker.assert_sums(&status);
+}
+
+/// U20: the client does not read its replies, and then the upstream does not read its requests.
+#[test]
+fn nothing_is_stuck_for_ever_when_neither_side_reads() {
+    const REQUESTS: u64 = 400;
+    let (mute, echo) = (TcpEcho::behaving(Manners::NeverReads), TcpEcho::start());
+    let config = format!(
+        "[upstream.mute]\nurl = \"{}\"\nrequest_timeout = \"300ms\"\nwait_timeout = \"300ms\"\n\
+         [upstream.echo]\nurl = \"{}\"\n",
+        mute.url(),
+        echo.url()
+    );
+    let broker = Broker::builder().config(&config).start();
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let (full, well) = (client.open("mute"), client.open("echo"));
+    let body = vec![b'x'; 64 * 1024];
+    let mut writer = client.duplicate();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for id in 1..=REQUESTS {
+                writer.send_request(if id % 2 == 0 { full } else { well }, id, 0, &body);
+            }
+        });
+        // Nothing is read meanwhile: both of its ways are full, and others are served.
+        broker.wait_until_upstream("mute", |it| total(it, "timed_out") > 0);
+        assert_eq!(ask(broker.runtime_dir(), "echo", b"alive").reply(), b"alive");
+        // Each request ends once: with its reply, or by its deadline, or refused.
+        let mut ended: Vec<_> = (0..REQUESTS).map(|_| client.next_answer().0).collect();
+        ended.sort_unstable();
+        assert!(ended.iter().copied().eq(1..=REQUESTS), "{ended:?}");
+    });
+    broker.assert_sums(&broker.status());
 }
 
 #[test]

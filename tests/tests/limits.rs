@@ -3,13 +3,19 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
+use std::io;
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use poolbroker_client::{Client, Reason, Upstream};
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, list, total};
+use poolbroker_tests::deadline::wait_for;
 use poolbroker_tests::peers::{Manners, Marks, TcpBlackHole, TcpEcho, UdpEcho};
+use rustix::net::sockopt;
 use serde_json::Value;
 
 const LONG: Duration = Duration::from_secs(20);
@@ -208,6 +214,48 @@ fn breaker_failures() {
     let fast = it.request(b"x", LONG).unwrap_err();
     assert_eq!(fast.reason(), Some(Reason::ConnectRefused), "the cached reason: {fast}");
     assert!(start.elapsed() < Duration::from_secs(1));
+}
+
+/// U16: it accepts every connection, and resets it.
+#[test]
+fn breaker_failures_of_a_peer_that_flaps() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let accepted = Arc::new(AtomicU64::new(0));
+    let (counting, is_well) = (Arc::clone(&accepted), Arc::new(AtomicBool::new(false)));
+    let turned = Arc::clone(&is_well);
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            counting.fetch_add(1, Ordering::SeqCst);
+            match turned.load(Ordering::SeqCst) {
+                true => _ = io::copy(&mut &stream, &mut &stream),
+                // Closed with a reset.
+                false => sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap(),
+            }
+        }
+    });
+    let config = format!(
+        "[upstream.it]\nurl = \"tcp://127.0.0.1:{port}\"\nbreaker_failures = 3\n\
+         backoff_base = \"200ms\"\nbackoff_max = \"200ms\"\nconnections_max = 1\n"
+    );
+    let broker = Broker::builder().config(&config).start();
+    let (_client, it) = connect(&broker);
+    let mut requests = 0;
+    while broker.upstream_status("it")["breaker"] == "closed" {
+        it.request(b"x", LONG).unwrap_err();
+        requests += 1;
+        assert!(requests < 50, "the breaker never opens");
+    }
+    let before = accepted.load(Ordering::SeqCst);
+    for _ in 0..100 {
+        it.request(b"x", LONG).unwrap_err();
+    }
+    // The half-open probe tries now and then; nobody else does.
+    let tried = accepted.load(Ordering::SeqCst) - before;
+    assert!(tried < 20, "{tried} connections for 100 requests");
+    is_well.store(true, Ordering::SeqCst);
+    wait_for("the peer is well", || it.request(b"x", LONG).ok());
+    assert_eq!(broker.upstream_status("it")["breaker"], "closed");
 }
 
 #[test]

@@ -4,11 +4,14 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::panic, clippy::unwrap_used, reason = "a failed step fails the test")]
 
-use std::process::Command;
+use std::fs;
+use std::net::TcpStream;
+use std::process::{Child, Command};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use poolbroker_proto::message::Retry;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, list, total};
 use poolbroker_tests::deadline::wait_for;
@@ -206,6 +209,79 @@ fn what_a_full_local_queue_refuses_is_sent_later_or_counted() {
         assert_eq!(count_of(&upstream, "dropped", "enobufs"), outcomes.dropped_total());
         broker.assert_sums(&broker.status());
     });
+}
+
+/// U6: nothing arrives any more, and nobody says so.
+#[test]
+#[ignore = "needs root for a network namespace; run by .ci/run with -- --ignored"]
+fn a_peer_that_vanishes_fails_its_requests_and_is_found_by_those_that_wait() {
+    let name = "a_peer_that_vanishes_fails_its_requests_and_is_found_by_those_that_wait";
+    inside("true", name, || {
+        let host = Host::start();
+        let config = "[upstream.echo]\nurl = \"tcp://10.77.0.2:7\"\nconnections_max = 1\n\
+             request_timeout = \"1h\"\nwait_timeout = \"1h\"\nconnect_timeout = \"1s\"\n\
+             tcp_user_timeout = \"2s\"\nkeepalive_idle = \"1s\"\nkeepalive_interval = \"1s\"\n\
+             keepalive_probes = 2\n";
+        let broker = Broker::builder().config(config).start();
+        assert_eq!(ask(broker.runtime_dir(), "echo", b"warm").reply(), b"warm");
+        host.run("ip link set v1 down");
+        // Sent into the dark: who knows what became of it.
+        let failure = ask(broker.runtime_dir(), "echo", b"lost").failure();
+        assert_eq!(failure.retry, Retry::MaybeExecuted, "{failure:?}");
+        host.run("ip link set v1 up");
+        assert_eq!(ask(broker.runtime_dir(), "echo", b"back").reply(), b"back");
+        // One that only waits is found by the probes of the kernel.
+        host.run("ip link set v1 down");
+        broker.wait_until_upstream("echo", |upstream| list(upstream, "connections").is_empty());
+        host.run("ip link set v1 up");
+        assert_eq!(ask(broker.runtime_dir(), "echo", b"again").reply(), b"again");
+        broker.assert_sums(&broker.status());
+    });
+}
+
+/// Another host, 10.77.0.2, that echoes lines on port 7.
+struct Host {
+    namespace: Child,
+    echo: Child,
+}
+
+impl Host {
+    fn start() -> Host {
+        let namespace = Command::new("unshare").args(["--net", "sleep", "1000"]).spawn().unwrap();
+        let own = fs::read_link("/proc/self/ns/net").unwrap();
+        let theirs = format!("/proc/{}/ns/net", namespace.id());
+        wait_for("another network", || fs::read_link(&theirs).ok().filter(|ns| *ns != own));
+        let link = format!(
+            "ip link add v0 type veth peer name v1 netns {} && ip addr add 10.77.0.1/24 dev v0 && \
+             ip link set v0 up",
+            namespace.id()
+        );
+        assert!(Command::new("sh").args(["-c", &link]).status().unwrap().success());
+        let echo = within(&namespace, "exec socat TCP-LISTEN:7,fork,reuseaddr EXEC:cat");
+        let mut host = Host { namespace, echo };
+        host.run("ip addr add 10.77.0.2/24 dev v1 && ip link set v1 up");
+        wait_for("the echo", || TcpStream::connect("10.77.0.2:7").ok());
+        assert!(host.echo.try_wait().unwrap().is_none());
+        host
+    }
+
+    fn run(&self, script: &str) {
+        assert!(within(&self.namespace, script).wait().unwrap().success(), "{script}");
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        for child in [&mut self.echo, &mut self.namespace] {
+            let _ = child.kill().and_then(|()| child.wait());
+        }
+    }
+}
+
+fn within(namespace: &Child, script: &str) -> Child {
+    let target = namespace.id().to_string();
+    let mut nsenter = Command::new("nsenter");
+    nsenter.args(["--target", &target, "--net", "sh", "-c", script]).spawn().unwrap()
 }
 
 /// Runs `body` with this range of local ports.
