@@ -485,12 +485,53 @@ fn any_memcached_command(random: &mut fastrand::Rng) -> Vec<u8> {
     line.into_bytes()
 }
 
+/// A connection to a server, without a broker.
+struct Direct {
+    stream: TcpStream,
+    framing: Framing,
+    buffer: Vec<u8>,
+}
+
+impl Direct {
+    fn connect(server: &Server, framing: Framing) -> Direct {
+        let stream = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        Direct { stream, framing, buffer: Vec::new() }
+    }
+
+    fn write(&mut self, bytes: impl AsRef<[u8]>) {
+        self.stream.write_all(bytes.as_ref()).unwrap();
+    }
+
+    /// The next reply, as it came.
+    fn reply(&mut self, expect: Expect, context: &str) -> Vec<u8> {
+        let buffer = &mut self.buffer;
+        let mut cutter = ReplyCutter::new(self.framing, 16 << 20);
+        loop {
+            match cutter.next_reply(Some(expect), buffer) {
+                ReplyCut::Reply { body, consumed, .. } => {
+                    let reply = buffer[body].to_vec();
+                    buffer.drain(..consumed);
+                    return reply;
+                }
+                ReplyCut::Incomplete => {
+                    let mut block = [0; 65_536];
+                    let bytes = self.stream.read(&mut block);
+                    let bytes = bytes.unwrap_or_else(|error| panic!("{context}: {error}"));
+                    assert!(bytes > 0, "{context}: the server hung up");
+                    buffer.extend_from_slice(&block[..bytes]);
+                }
+                other => panic!("{context}: {other:?} of {}", buffer.escape_ascii()),
+            }
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs memcached; run by .ci/run with -- --ignored"]
 fn memcached_gives_each_command_the_reply_that_its_framing_expects() {
     let server = Server::start(memcached);
-    let mut stream = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
-    stream.set_read_timeout(Some(LONG)).unwrap();
+    let mut direct = Direct::connect(&server, Framing::Memcached);
     let seed = std::env::var("POOLBROKER_SEED").ok().and_then(|seed| seed.parse().ok());
     let mut random = fastrand::Rng::with_seed(seed.unwrap_or(1));
     let known = include_str!("memcached_commands.txt").lines();
@@ -498,7 +539,7 @@ fn memcached_gives_each_command_the_reply_that_its_framing_expects() {
     let commands = known.chain((0..20_000).map(|_| any_memcached_command(&mut random)));
     let mut taken = 0;
     for command in commands {
-        let shown = command.escape_ascii();
+        let shown = command.escape_ascii().to_string();
         let expect = match Framing::Memcached.classify(&command) {
             Verdict::One(expect) => Some(expect),
             Verdict::None => None,
@@ -508,58 +549,20 @@ fn memcached_gives_each_command_the_reply_that_its_framing_expects() {
         let mut bytes = Vec::new();
         Framing::Memcached.encode(&command, &mut bytes).unwrap();
         bytes.extend_from_slice(b"version\r\n");
-        stream.write_all(&bytes).unwrap();
-        let (mut cutter, mut buffer) = (ReplyCutter::new(Framing::Memcached, 1 << 20), vec![]);
-        let mut next_reply = |expect| loop {
-            match cutter.next_reply(Some(expect), &buffer) {
-                ReplyCut::Reply { body, consumed, .. } => {
-                    let reply = buffer[body].to_vec();
-                    buffer.drain(..consumed);
-                    return reply;
-                }
-                ReplyCut::Incomplete => {
-                    let mut block = [0; 65_536];
-                    let bytes = stream.read(&mut block).unwrap_or_else(|e| panic!("{shown}: {e}"));
-                    assert!(bytes > 0, "{shown}: memcached hung up");
-                    buffer.extend_from_slice(&block[..bytes]);
-                }
-                other => panic!("{shown}: {other:?} of {}", buffer.escape_ascii()),
-            }
-        };
-        let reply = expect.map(&mut next_reply).unwrap_or_default();
-        let behind = next_reply(Expect::Plain);
+        direct.write(&bytes);
+        let reply = expect.map(|expect| direct.reply(expect, &shown)).unwrap_or_default();
+        let behind = direct.reply(Expect::Plain, &shown);
         let (reply, behind) = (reply.escape_ascii(), behind.escape_ascii().to_string());
         assert!(behind.starts_with("VERSION "), "{shown}: {reply} and then {behind}");
-        assert!(buffer.is_empty(), "{shown}: {reply}, {behind}, and then more");
+        assert!(direct.buffer.is_empty(), "{shown}: {reply}, {behind}, and then more");
     }
     assert!(taken > 2_000, "{taken}");
 }
 
-/// The next reply on a connection to Redis, as it came.
-fn redis_reply(stream: &mut TcpStream, buffer: &mut Vec<u8>, context: &str) -> Vec<u8> {
-    let mut cutter = ReplyCutter::new(Framing::Resp, 16 << 20);
-    loop {
-        match cutter.next_reply(Some(Expect::Plain), buffer) {
-            ReplyCut::Reply { body, consumed, .. } => {
-                let reply = buffer[body].to_vec();
-                buffer.drain(..consumed);
-                return reply;
-            }
-            ReplyCut::Incomplete => {
-                let mut block = [0; 65_536];
-                let bytes = stream.read(&mut block).unwrap_or_else(|e| panic!("{context}: {e}"));
-                assert!(bytes > 0, "{context}: Redis hung up");
-                buffer.extend_from_slice(&block[..bytes]);
-            }
-            other => panic!("{context}: {other:?} of {}", buffer.escape_ascii()),
-        }
-    }
-}
-
 /// What Redis says of a connection, but for what every command changes.
-fn redis_connection(stream: &mut TcpStream, buffer: &mut Vec<u8>, context: &str) -> String {
-    stream.write_all(b"CLIENT INFO\r\n").unwrap();
-    let info = redis_reply(stream, buffer, context);
+fn redis_connection(direct: &mut Direct, context: &str) -> String {
+    direct.write(b"CLIENT INFO\r\n");
+    let info = direct.reply(Expect::Plain, context);
     let info = String::from_utf8_lossy(&info).into_owned();
     const STATE: [&str; 10] =
         ["name=", "db=", "flags=", "sub=", "psub=", "ssub=", "multi=", "user=", "redir=", "resp="];
@@ -586,25 +589,23 @@ fn no_command_of_redis_that_is_let_through_changes_the_connection_or_its_order()
     const ARGUMENTS: [&str; 9] =
         ["", " k", " 1", " k 1", " k 0 1", " 1 k", " on", " 0 k LEFT", " GROUP g c STREAMS k >"];
     let server = Server::start(redis);
-    let mut stream = TcpStream::connect(("127.0.0.1", server.port)).unwrap();
-    stream.set_read_timeout(Some(LONG)).unwrap();
-    let mut buffer = Vec::new();
-    stream.write_all(b"COMMAND LIST\r\n").unwrap();
-    let names = redis_reply(&mut stream, &mut buffer, "the list");
+    let mut direct = Direct::connect(&server, Framing::Resp);
+    direct.write(b"COMMAND LIST\r\n");
+    let names = direct.reply(Expect::Plain, "the list");
     let names = String::from_utf8(names).unwrap();
     let mut names: Vec<_> =
         names.lines().filter(|line| !line.starts_with(['*', '$'])).map(str::to_owned).collect();
     assert!(names.len() > 200, "{names:?}");
     for with in ["client", "script", "object", "pubsub", "xinfo", "xgroup", "memory", "latency"] {
-        stream.write_all(format!("{with} HELP\r\n").as_bytes()).unwrap();
-        let help = redis_reply(&mut stream, &mut buffer, with);
+        direct.write(format!("{with} HELP\r\n"));
+        let help = direct.reply(Expect::Plain, with);
         let help = String::from_utf8(help).unwrap();
         let words = help.lines().filter_map(|line| line.strip_prefix('+')?.split(' ').next());
         let words = words.filter(|word| word.chars().all(|c| c.is_ascii_uppercase() || c == '-'));
         names.extend(words.map(|word| format!("{with}|{}", word.to_lowercase())));
     }
     names.retain(|name| !LEFT_OUT.contains(&name.as_str()));
-    let before = redis_connection(&mut stream, &mut buffer, "the start");
+    let before = redis_connection(&mut direct, "the start");
     let mut refused = std::collections::BTreeSet::new();
     for name in &names {
         for arguments in ARGUMENTS {
@@ -619,11 +620,11 @@ fn no_command_of_redis_that_is_let_through_changes_the_connection_or_its_order()
                 }
             }
             bytes.extend_from_slice(b"ECHO behind\r\n");
-            stream.write_all(&bytes).unwrap();
-            redis_reply(&mut stream, &mut buffer, &line);
-            let behind = redis_reply(&mut stream, &mut buffer, &line);
+            direct.write(&bytes);
+            direct.reply(Expect::Plain, &line);
+            let behind = direct.reply(Expect::Plain, &line);
             assert_eq!(behind.escape_ascii().to_string(), "$6\\r\\nbehind\\r\\n", "{line}");
-            assert_eq!(redis_connection(&mut stream, &mut buffer, &line), before, "{line}");
+            assert_eq!(redis_connection(&mut direct, &line), before, "{line}");
         }
     }
     assert!(refused.len() >= 35, "{refused:?}");
