@@ -12,7 +12,7 @@ use poolbroker_proto::fd;
 use poolbroker_proto::frame::{Deframer, FrameHeader, Kind};
 use poolbroker_proto::message::{ClientMessage, encode};
 use poolbroker_tests::Broker;
-use poolbroker_tests::broker::{count_of, total};
+use poolbroker_tests::broker::{count_of, list, total};
 use poolbroker_tests::peers::{TcpEcho, TcpSink};
 use poolbroker_tests::raw::{RawClient, ask, control, frame};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -145,10 +145,13 @@ fn what_borrowers_do_to_connections_is_not_the_fault_of_the_address() {
     let upstream = connect(&broker, "echo");
     for _ in 0..10 {
         let lease = upstream.lease(LONG).unwrap();
-        lease.tcp().unwrap().shutdown(Shutdown::Both).unwrap();
+        let kept = lease.tcp().unwrap().try_clone().unwrap();
         lease.release().unwrap();
+        broker.wait_until_upstream("echo", |it| total(&it["leases"], "held") == 0);
+        kept.shutdown(Shutdown::Both).unwrap();
+        broker.wait_until_upstream("echo", |it| list(it, "connections").is_empty());
     }
-    let status = broker.wait_until_upstream("echo", |it| total(&it["leases"], "held") == 0);
+    let status = broker.upstream_status("echo");
     assert_eq!(status["breaker"], "closed", "{status}");
     assert_eq!(upstream.request(b"alive", LONG).unwrap(), b"alive");
 }

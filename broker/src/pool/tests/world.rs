@@ -701,6 +701,8 @@ impl World {
             let slots = pool.in_flight.slots_on(*conn).map(|slot| (slot.tag, slot.request));
             let is_open = pool.conn(*conn).is_some_and(Conn::is_open);
             assert!(!is_open || slots.eq(known), "both know the same of {conn:?}");
+            let lent_to = pool.conn(*conn).and_then(|record| record.lent_to);
+            assert!(!is_open || lent_to == socket.lent_to, "lent or not: {conn:?}");
         }
         let is_exchange = |conn: &Conn| conn.role == Role::Exchange;
         let is_draining = |conn: &Conn| matches!(conn.state, State::Draining { .. });
