@@ -357,7 +357,9 @@ mod tests {
         }
         broker.write_all(&frame(b"behind")).unwrap();
         // One frame is taken between two reads, and the others only once everything is read.
-        assert_eq!(stream.read().unwrap(), Read::Some);
+        while stream.descriptors.as_ref().is_none_or(Vec::is_empty) {
+            assert_eq!(stream.read().unwrap(), Read::Some);
+        }
         assert_eq!(stream.next_frame().unwrap().unwrap().body, b"before");
         while stream.read().unwrap() == Read::Some {}
         for body in bodies {
