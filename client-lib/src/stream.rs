@@ -350,7 +350,7 @@ mod tests {
         let (mut stream, mut broker) = pair();
         stream.want_descriptors();
         let (pipes, bodies) = ([io::pipe(), io::pipe()].map(Result::unwrap), [b"late", b"mine"]);
-        broker.write_all(&frame(b"before")).unwrap();
+        broker.write_all(&frame(b"")).unwrap();
         for ((_, writer), body) in pipes.iter().zip(bodies) {
             let frame = frame(body);
             assert_eq!(fd::send(&broker, &frame, &[writer.as_fd()]).unwrap(), frame.len());
@@ -360,7 +360,7 @@ mod tests {
         while stream.descriptors.as_ref().is_none_or(Vec::is_empty) {
             assert_eq!(stream.read().unwrap(), Read::Some);
         }
-        assert_eq!(stream.next_frame().unwrap().unwrap().body, b"before");
+        assert_eq!(stream.next_frame().unwrap().unwrap().body, b"");
         while stream.read().unwrap() == Read::Some {}
         for body in bodies {
             assert_eq!(stream.next_frame().unwrap().unwrap().body, body);
