@@ -191,7 +191,7 @@ impl Conn {
     }
 }
 
-/// Whether a byte of a request that failed can have left.
+/// Whether a byte of a request that failed can have left, by its last connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Left {
     /// No.
@@ -273,8 +273,11 @@ pub enum Action {
         owner: Owner,
         /// How; never `Replied`.
         end: RequestEnd,
-        /// Whether a byte of it can have left.
+        /// Whether a byte of it can have left by where it is.
         left: Left,
+        /// It was sent by a connection that was lost, and may have been carried out, whatever
+        /// became of it since.
+        was_sent_before: bool,
     },
     /// Stop sending, read to the end, then report the connection lost.
     Drain {

@@ -367,8 +367,14 @@ impl Pool {
         if let Place::On { conn, .. } = entry.place {
             self.count_request_end(conn);
         }
+        let was_sent_before = entry.retries > 0;
+        let end = match end {
+            RequestEnd::Refused(reason) if was_sent_before => RequestEnd::Failed(reason),
+            end => end,
+        };
         self.counts.end(end);
-        self.actions.push_back(Action::Fail { request, owner: entry.owner, end, left });
+        let owner = entry.owner;
+        self.actions.push_back(Action::Fail { request, owner, end, left, was_sent_before });
     }
 
     /// Nobody waits for an open breaker, unless a connection is left to wait for.

@@ -187,6 +187,49 @@ fn an_untouched_request_moves_to_another_connection_and_a_touched_one_fails() {
 }
 
 #[test]
+fn what_was_sent_and_waits_to_be_repeated_may_have_been_carried_out() {
+    let ways: [(fn(&mut World, RequestId), RequestEnd); 4] = [
+        (|world, _| world.pass(50), RequestEnd::TimedOut),
+        (|world, _| world.pass(40), RequestEnd::Failed(Reason::WaitTimeout)),
+        (|world, request| world.cancel(request), RequestEnd::Failed(Reason::ClientGone)),
+        (
+            |world, _| {
+                world.pass(10);
+                world.finish_connect(world.connecting(0).unwrap(), false);
+            },
+            RequestEnd::Failed(Reason::ConnectRefused),
+        ),
+    ];
+    for (place, (go, end)) in ways.into_iter().enumerate() {
+        let mut limits = UpstreamLimits::of_protocol(Protocol::Tcp);
+        (limits.connections_max, limits.breaker_failures) = (1, 2);
+        limits.backoff_base = ms(10);
+        limits.wait_timeout = ms(if place == 1 { 40 } else { 100 });
+        let (matching, policy) = (Matching::InOrder, Policy::RoundRobin);
+        let mut world = World::matching(Protocol::Tcp, limits, None, matching, true, policy);
+        let (request, conn) = (world.ask_as(world.source(0), Some(50)).unwrap(), world.connect());
+        world.lose(conn, Reason::ConnectRefused);
+        assert_eq!((world.on(request), world.pool.retried), (None, 1));
+        go(&mut world, request);
+        assert_eq!(world.ends.get(&request), Some(&(end, true)), "way {place}");
+    }
+}
+
+#[test]
+fn a_repeated_request_that_was_not_written_again_may_have_been_carried_out() {
+    let limits = UpstreamLimits::of_protocol(Protocol::Tcp);
+    let (matching, policy) = (Matching::InOrder, Policy::RoundRobin);
+    let mut world = World::matching(Protocol::Tcp, limits, None, matching, true, policy);
+    let conns = world.idle_conns(2);
+    let request = world.ask();
+    world.holds = true;
+    world.lose(conns[1], Reason::PeerClosed);
+    assert_eq!(world.on(request), Some(conns[0]));
+    world.cancel(request);
+    assert_eq!(world.ends[&request], (RequestEnd::Failed(Reason::ClientGone), true));
+}
+
+#[test]
 fn surplus_bytes_close_the_connection() {
     let mut world = tcp(|_| ());
     let conns = world.idle_conns(2);

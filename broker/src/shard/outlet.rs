@@ -559,8 +559,8 @@ impl Upstream {
                     cx.sources.refuse_lease(owner, &failure);
                 }
                 Action::Revoke { conn } => self.revoke(conn),
-                Action::Fail { request, owner, end, left } => {
-                    let was_sent = self.recall(cx.now, request, left);
+                Action::Fail { request, owner, end, left, was_sent_before } => {
+                    let was_sent = self.recall(cx.now, request, left) || was_sent_before;
                     let failure = self.failure(end, was_sent);
                     cx.sources.fail(owner, failure);
                 }

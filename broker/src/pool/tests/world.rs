@@ -70,6 +70,8 @@ pub struct World {
     was_broken: bool,
     pub leases_refused: u64,
     pub leases_ended: u64,
+    /// Requests that were written, at least in part, to a connection that was lost.
+    pub lost: BTreeSet<RequestId>,
     /// How requests ended, and whether they were sent.
     pub ends: BTreeMap<RequestId, (RequestEnd, bool)>,
     pub refused: u64,
@@ -133,6 +135,7 @@ impl World {
             was_broken: false,
             leases_refused: 0,
             leases_ended: 0,
+            lost: BTreeSet::new(),
             ends: BTreeMap::new(),
             refused: 0,
             messages: 0,
@@ -516,9 +519,12 @@ impl World {
         let socket = self.sockets.get_mut(&conn).expect("it is open");
         socket.is_spoiled = true;
         let begun = std::mem::take(&mut socket.begun);
-        for (_, request) in std::mem::take(&mut socket.slots) {
+        for (at, (_, request)) in std::mem::take(&mut socket.slots).into_iter().enumerate() {
             if let Some((_, on)) = self.asked.get_mut(&request) {
                 *on = None;
+                if at < begun {
+                    self.lost.insert(request);
+                }
             }
         }
         self.pool.handle_lost(self.now, conn, reason, begun);
@@ -605,9 +611,13 @@ impl World {
                 Action::Revoke { conn } => {
                     assert!(self.sockets[&conn].lent_to.is_some());
                 }
-                Action::Fail { request, owner, end, left } => {
+                Action::Fail { request, owner, end, left, was_sent_before } => {
                     assert_eq!(owner, self.asked[&request].0);
-                    let was_sent = self.recall(request, left);
+                    let was_sent = self.recall(request, left) || was_sent_before;
+                    if self.lost.contains(&request) {
+                        assert!(was_sent, "it may have been carried out");
+                        assert!(!matches!(end, RequestEnd::Refused(_)), "{end:?}");
+                    }
                     self.end(request, end, was_sent);
                 }
                 Action::Drain { conn } => {
