@@ -201,10 +201,12 @@ impl Pool {
     /// A session has ended, and with it its leases: whether it had any.
     pub fn end_leases(&mut self, now: Time, source: SourceId) -> bool {
         let of_source = self.leases.table.iter().filter(|(_, l)| l.owner.source == source);
-        let ended: Vec<_> = of_source.map(|(id, lease)| (id, *lease)).collect();
+        let mut ended: Vec<_> = of_source.map(|(id, lease)| (id, lease.conn)).collect();
         let had_any = !ended.is_empty();
-        for (id, lease) in ended {
-            match lease.conn {
+        // Those that wait go first: what the others free is not for them.
+        ended.sort_by_key(|(_, conn)| conn.is_some());
+        for (id, conn) in ended {
+            match conn {
                 Some(_) => self.handle_returned(now, id, Err(Reason::LeaseEnded)),
                 None => {
                     self.forget_lease_waiter(id);

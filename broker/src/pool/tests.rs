@@ -574,3 +574,18 @@ fn closing_down_ends_connects_that_nobody_needs() {
     world.close_down();
     assert!(world.sockets.is_empty());
 }
+
+#[test]
+fn a_source_that_ends_gets_no_lease_for_another_that_it_held() {
+    let mut world = tcp(|limits| limits.leases_max = 1);
+    let source = world.source(0);
+    world.lease_as(source, 1, None);
+    world.connect();
+    world.lease_as(source, 1, None);
+    world.idle_conns(1);
+    assert_eq!((world.pool.leases_held(), world.pool.lease_waiters()), (1, 1));
+    world.end_source(source);
+    assert_eq!((world.pool.leases_held(), world.pool.lease_waiters()), (0, 0));
+    world.check();
+    world.pass(600_000);
+}

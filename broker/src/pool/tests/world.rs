@@ -380,10 +380,10 @@ impl World {
         let theirs = self.lent.len();
         self.lent.retain(|_, (_, of)| *of != source);
         self.leases_ended += (theirs - self.lent.len()) as u64;
-        let before = self.pool.lease_counts().refused.total();
-        self.pool.end_leases(self.now, source);
+        let wishes = self.wishes.len();
         self.wishes.retain(|_, (of, _)| *of != source);
-        self.leases_refused += self.pool.lease_counts().refused.total() - before;
+        self.leases_refused += (wishes - self.wishes.len()) as u64;
+        self.pool.end_leases(self.now, source);
         self.carry_out();
     }
 
