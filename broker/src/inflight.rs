@@ -13,12 +13,17 @@
 //! entry and reaches nobody. A slot outlives its request: one that was given up is *abandoned* and
 //! swallows its late reply, so that nothing behind it moves up.
 
-use std::collections::VecDeque;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
 
 use slotmap::{SecondaryMap, SlotMap};
 
 use crate::ids::{ConnId, RequestId, SourceId};
+use crate::tagged::{Tag, Tagged};
 use crate::timers::Time;
+
+/// So many moments more than two for each slot, and a connection forgets the outdated ones.
+const OUTDATED_MAX: usize = 16;
 
 /// Who asked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,9 +33,6 @@ pub struct Owner {
     /// The session's own name for the request.
     pub correlation: u64,
 }
-
-/// By what a reply is known on its connection.
-pub type Tag = u64;
 
 /// How replies find their slots.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,8 +94,6 @@ pub struct Times {
 /// One request on a connection, or what is left of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Slot {
-    /// By what its reply is known.
-    pub tag: Tag,
     /// Who awaits the reply; none: it was given up.
     pub request: Option<RequestId>,
     /// When something happens to it.
@@ -110,13 +110,48 @@ impl Slot {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Slots {
-    queue: VecDeque<Slot>,
+    tagged: Tagged<Slot>,
     awaited: usize,
     next_tag: Tag,
-    /// No slot is due before this.
-    due: Option<Time>,
+    /// When each slot is due, and moments that are outdated: of slots that are gone, or that are
+    /// due at another one.
+    dues: BinaryHeap<Reverse<(Time, Tag)>>,
+}
+
+impl Slots {
+    fn new(matching: Matching) -> Self {
+        Slots {
+            tagged: Tagged::new(matching == Matching::InOrder),
+            awaited: 0,
+            next_tag: 0,
+            dues: BinaryHeap::new(),
+        }
+    }
+
+    /// A slot is due at another moment than before.
+    fn expect(&mut self, tag: Tag, due: Time) {
+        self.dues.push(Reverse((due, tag)));
+        if self.dues.len() > 2 * self.tagged.len() + OUTDATED_MAX {
+            let Slots { dues, tagged, .. } = self;
+            dues.retain(|Reverse((due, tag))| {
+                tagged.get(*tag).is_some_and(|slot| slot.due() == *due)
+            });
+        }
+    }
+
+    /// Changes a slot, if it is there.
+    fn change(&mut self, tag: Tag, change: impl FnOnce(&mut Slot)) {
+        if let Some(slot) = self.tagged.get_mut(tag) {
+            let before = slot.due();
+            change(slot);
+            let due = slot.due();
+            if due != before && due != Time::NEVER {
+                self.expect(tag, due);
+            }
+        }
+    }
 }
 
 /// The requests of one upstream that have not ended.
@@ -156,7 +191,7 @@ impl InFlight {
 
     /// How many slots a connection has, and in how many somebody awaits a reply.
     pub fn slots(&self, conn: ConnId) -> (usize, usize) {
-        self.conns.get(conn).map_or((0, 0), |slots| (slots.queue.len(), slots.awaited))
+        self.conns.get(conn).map_or((0, 0), |slots| (slots.tagged.len(), slots.awaited))
     }
 
     /// Whether a connection can have one more slot beside `slots_max - 1` others.
@@ -170,19 +205,18 @@ impl InFlight {
     }
 
     /// The slots of a connection, oldest first.
-    pub fn slots_on(&self, conn: ConnId) -> impl Iterator<Item = &Slot> {
-        self.conns.get(conn).into_iter().flat_map(|slots| &slots.queue)
+    pub fn slots_on(&self, conn: ConnId) -> Vec<(Tag, &Slot)> {
+        self.conns.get(conn).map(|slots| slots.tagged.all()).unwrap_or_default()
     }
 
     /// The slot of that tag.
     pub fn slot(&self, conn: ConnId, tag: Tag) -> Option<&Slot> {
-        let queue = &self.conns.get(conn)?.queue;
-        place_of(queue, tag).map(|place| &queue[place])
+        self.conns.get(conn)?.tagged.get(tag)
     }
 
     /// When something happens on a connection, at the earliest.
     pub fn due(&self, conn: ConnId) -> Option<Time> {
-        self.conns.get(conn)?.due
+        self.conns.get(conn)?.dues.peek().map(|Reverse((due, _))| *due)
     }
 
     /// Adds a request that waits until `deadline`.
@@ -202,21 +236,22 @@ impl InFlight {
     /// Puts a waiting request into a new slot of a connection, which [has room](Self::has_room).
     pub fn assign(&mut self, request: RequestId, conn: ConnId, times: Times) -> Option<Tag> {
         let entry = self.requests.get_mut(request)?;
-        let slots = self.conns.entry(conn)?.or_default();
+        let matching = self.matching;
+        let slots = self.conns.entry(conn)?.or_insert_with(|| Slots::new(matching));
         let tag = match self.matching {
             Matching::InOrder => slots.next_tag,
             Matching::ById { ids } => loop {
                 let id = self.random.u64(..ids);
-                if place_of(&slots.queue, id).is_none() {
+                if slots.tagged.get(id).is_none() {
                     break id;
                 }
             },
         };
         slots.next_tag += 1;
         entry.place = Place::On { conn, tag };
-        let slot = Slot { tag, request: Some(request), times };
-        slots.due = Some(slots.due.map_or(slot.due(), |due| due.min(slot.due())));
-        slots.queue.push_back(slot);
+        let slot = Slot { request: Some(request), times };
+        slots.tagged.push(tag, slot);
+        slots.expect(tag, slot.due());
         slots.awaited += 1;
         Some(tag)
     }
@@ -232,17 +267,17 @@ impl InFlight {
     /// Takes out the slot of a reply that came.
     pub fn take(&mut self, conn: ConnId, tag: Tag) -> Option<Slot> {
         let slots = self.conns.get_mut(conn)?;
-        let slot = slots.queue.remove(place_of(&slots.queue, tag)?)?;
+        let slot = slots.tagged.take(tag)?;
         slots.awaited -= usize::from(slot.request.is_some());
-        if slots.queue.is_empty() {
-            slots.due = None;
+        if slots.tagged.is_empty() {
+            slots.dues.clear();
         }
         Some(slot)
     }
 
     /// Takes out every slot of a connection that has ended, oldest first.
-    pub fn take_all(&mut self, conn: ConnId) -> VecDeque<Slot> {
-        self.conns.remove(conn).unwrap_or_default().queue
+    pub fn take_all(&mut self, conn: ConnId) -> Vec<(Tag, Slot)> {
+        self.conns.remove(conn).map(|mut slots| slots.tagged.take_all()).unwrap_or_default()
     }
 
     /// Removes a request that has its end. Its slot, if it has one, is abandoned: its reply is not
@@ -251,57 +286,48 @@ impl InFlight {
         let entry = self.requests.remove(request)?;
         if let Place::On { conn, tag } = entry.place
             && let Some(slots) = self.conns.get_mut(conn)
-            && let Some(place) = place_of(&slots.queue, tag)
-            && let Some(slot) = slots.queue.get_mut(place)
-            && slot.request.take().is_some()
         {
-            slots.awaited -= 1;
-            slot.times.hopeless_at = hopeless_at.unwrap_or(slot.times.hopeless_at);
-            slots.due = slots.due.map(|due| due.min(slot.due()));
+            let mut was_awaited = false;
+            slots.change(tag, |slot| {
+                was_awaited = slot.request.take().is_some();
+                slot.times.hopeless_at = hopeless_at.unwrap_or(slot.times.hopeless_at);
+            });
+            slots.awaited -= usize::from(was_awaited);
         }
         Some(entry)
     }
 
-    /// What is due on a connection: the first slot whose time has come, if there is one. Its next
-    /// time is set once it was [resent](Self::resent), [removed](Self::remove) or
-    /// [taken](Self::take).
-    pub fn first_due(&mut self, conn: ConnId, now: Time) -> Option<Slot> {
+    /// What is due on a connection: the slot whose time came first, if there is one. Its next time
+    /// is set once it was [resent](Self::resent), [removed](Self::remove) or [taken](Self::take).
+    pub fn first_due(&mut self, conn: ConnId, now: Time) -> Option<(Tag, Slot)> {
         let slots = self.conns.get_mut(conn)?;
-        if slots.due.is_none_or(|due| due > now) {
-            return None;
+        while let Some(Reverse((due, tag))) = slots.dues.peek().copied()
+            && due <= now
+        {
+            if let Some(slot) = slots.tagged.get(tag).filter(|slot| slot.due() == due) {
+                return Some((tag, *slot));
+            }
+            slots.dues.pop();
         }
-        let found = slots.queue.iter().find(|slot| slot.due() <= now).copied();
-        if found.is_none() {
-            slots.due = slots.queue.iter().map(Slot::due).min();
-        }
-        found
+        None
     }
 
     /// A request was sent again; the next time is `next`, if it is to be sent once more.
     pub fn resent(&mut self, conn: ConnId, tag: Tag, next: Time) {
-        if let Some(slots) = self.conns.get_mut(conn)
-            && let Some(place) = place_of(&slots.queue, tag)
-            && let Some(slot) = slots.queue.get_mut(place)
-        {
-            slot.times.resend = match slot.times.resend {
-                Some((_, left)) if left > 0 => Some((next, left - 1)),
-                Some(_) | None => None,
-            };
+        if let Some(slots) = self.conns.get_mut(conn) {
+            slots.change(tag, |slot| {
+                slot.times.resend = match slot.times.resend {
+                    Some((_, left)) if left > 0 => Some((next, left - 1)),
+                    Some(_) | None => None,
+                };
+            });
         }
     }
 
     /// An abandoned slot that is hopeless stays for as long as its connection does.
     pub fn keep_for_ever(&mut self, conn: ConnId, tag: Tag) {
-        if let Some(slots) = self.conns.get_mut(conn)
-            && let Some(place) = place_of(&slots.queue, tag)
-            && let Some(slot) = slots.queue.get_mut(place)
-        {
-            slot.times.hopeless_at = Time::NEVER;
+        if let Some(slots) = self.conns.get_mut(conn) {
+            slots.change(tag, |slot| slot.times.hopeless_at = Time::NEVER);
         }
     }
-}
-
-/// Where a tag is. In order it is at the front.
-fn place_of(queue: &VecDeque<Slot>, tag: Tag) -> Option<usize> {
-    queue.iter().position(|slot| slot.tag == tag)
 }

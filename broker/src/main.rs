@@ -20,6 +20,7 @@ mod session;
 mod shard;
 mod snapshot;
 mod stats;
+mod tagged;
 mod timers;
 mod transport;
 mod upstream;

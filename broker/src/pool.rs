@@ -53,9 +53,10 @@ use crate::coalesce::Coalescer;
 use crate::config::LIFETIME_JITTER_PERCENT;
 use crate::config::UpstreamLimits;
 use crate::ids::{ConnId, LeaseId, RequestId, SourceId};
-use crate::inflight::{InFlight, Matching, Owner, Slot, Tag};
+use crate::inflight::{InFlight, Matching, Owner, Slot};
 use crate::outbox::{Leaving, Outbox};
 use crate::stats::{Ledger, RequestCounts, RequestEnd, Settled, Tally};
+use crate::tagged::Tag;
 use crate::timers::{Deadlines, Time};
 
 /// What a connection does for its whole life.
@@ -537,7 +538,10 @@ impl Pool {
     pub fn holder(&self, conn: ConnId) -> Option<Owner> {
         match self.conns.get(conn)?.state {
             State::Leased { lease, .. } => self.lease_owner(lease),
-            _ => self.in_flight.slots_on(conn).find_map(|slot| self.awaiting(slot)),
+            _ => {
+                let slots = self.in_flight.slots_on(conn);
+                slots.into_iter().find_map(|(_, slot)| self.awaiting(slot))
+            }
         }
     }
 

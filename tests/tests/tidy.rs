@@ -11,7 +11,7 @@ use poolbroker_tests::binary::workspace_root;
 const CRATES: [&str; 5] = ["broker", "client-lib", "proto", "tests", "examples"];
 
 /// Files of the broker that decide and never do: no sockets, no clock, no payload.
-const PURE_FILES: [&str; 14] = [
+const PURE_FILES: [&str; 15] = [
     "pool",
     "balance",
     "coalesce",
@@ -23,6 +23,7 @@ const PURE_FILES: [&str; 14] = [
     "separator",
     "session",
     "stats",
+    "tagged",
     "timers",
     "waiting",
     "window",

@@ -10,8 +10,9 @@ use super::{Acquire, Action, Left, Pool, State, Timer, earliest};
 use crate::balance::Choice;
 use crate::config::{RETRIES_KEPT, RETRIES_MAX};
 use crate::ids::{ConnId, RequestId};
-use crate::inflight::{Matching, Owner, Place, Slot, Tag, Times};
+use crate::inflight::{Matching, Owner, Place, Slot, Times};
 use crate::stats::RequestEnd;
+use crate::tagged::Tag;
 use crate::timers::Time;
 
 /// What a retry costs, where a request gives `retry_budget_percent`.
@@ -112,9 +113,10 @@ impl Pool {
         if depth == 1 {
             return;
         }
+        let has_room = self.takes_one_more(conn);
         let Some(record) = self.conns.get_mut(conn) else { return };
         let is_open = record.state == State::InUse && record.retiring.is_none();
-        let has_room = is_open && self.in_flight.has_room(conn, depth);
+        let has_room = is_open && has_room;
         match (record.is_listed, has_room) {
             (true, true) if self.with_room.front() == Some(&conn) => self.with_room.rotate_left(1),
             (true, false) => self.with_room.retain(|listed| *listed != conn),
@@ -122,6 +124,15 @@ impl Pool {
             (true, true) | (false, false) => {}
         }
         record.is_listed = has_room;
+    }
+
+    /// Whether a connection in use can carry one more request.
+    pub(super) fn takes_one_more(&self, conn: ConnId) -> bool {
+        let depth = self.settings.limits.pipeline_depth;
+        // A lost datagram is nothing unusual, and its slot does not stay for long.
+        let is_stream = self.settings.protocol == Protocol::Tcp;
+        let (slots, _) = self.in_flight.slots(conn);
+        (!is_stream || slots < 2 * depth) && self.in_flight.has_room(conn, depth)
     }
 
     /// A connection takes nothing new from now on, and is closed once nobody awaits a reply on it.
@@ -267,7 +278,7 @@ impl Pool {
             _ => Reason::ConnectionLost,
         };
         let mut again = Vec::new();
-        for (at, slot) in slots.into_iter().enumerate() {
+        for (at, (_, slot)) in slots.into_iter().enumerate() {
             let Slot { request: Some(request), .. } = slot else { continue };
             let is_begun = at < begun;
             // Its own reply would be as bad the next time.
@@ -341,10 +352,23 @@ impl Pool {
                 if self.is_exclusive() {
                     self.taint(now, conn, reason);
                 } else {
+                    if end == RequestEnd::TimedOut {
+                        self.retire_stuck(conn);
+                    }
                     self.schedule_conn(conn);
                     self.free(now, conn);
                 }
             }
+        }
+    }
+
+    /// A connection that leaves as many ids unanswered as it may carry at once is of no use.
+    fn retire_stuck(&mut self, conn: ConnId) {
+        let (slots, awaited) = self.in_flight.slots(conn);
+        let is_stream = self.settings.protocol == Protocol::Tcp;
+        let has_ids = self.settings.matching != Matching::InOrder;
+        if is_stream && has_ids && slots - awaited >= self.settings.limits.pipeline_depth {
+            self.retire(conn, Reason::Stuck);
         }
     }
 
@@ -409,7 +433,7 @@ impl Pool {
     /// Times of the slots of a connection have come.
     pub(super) fn handle_slots_due(&mut self, now: Time, conn: ConnId) {
         let interval = self.settings.limits.retransmit_interval;
-        while let Some(slot) = self.in_flight.first_due(conn, now) {
+        while let Some((tag, slot)) = self.in_flight.first_due(conn, now) {
             match slot.request {
                 Some(request) if slot.times.deadline <= now => {
                     self.end_request(now, request, RequestEnd::TimedOut);
@@ -418,19 +442,19 @@ impl Pool {
                     }
                 }
                 Some(_) => {
-                    self.in_flight.resent(conn, slot.tag, now + interval);
+                    self.in_flight.resent(conn, tag, now + interval);
                     self.retransmitted += 1;
-                    self.actions.push_back(Action::Resend { conn, tag: slot.tag });
+                    self.actions.push_back(Action::Resend { conn, tag });
                 }
                 None if self.settings.protocol == Protocol::Tcp => {
                     // Its place in the order, or its id, stays taken.
-                    self.in_flight.keep_for_ever(conn, slot.tag);
+                    self.in_flight.keep_for_ever(conn, tag);
                     self.retire(conn, Reason::Stuck);
                     self.free(now, conn);
                 }
                 None => {
-                    self.in_flight.take(conn, slot.tag);
-                    self.actions.push_back(Action::Forget { conn, tag: slot.tag });
+                    self.in_flight.take(conn, tag);
+                    self.actions.push_back(Action::Forget { conn, tag });
                     self.free(now, conn);
                 }
             }

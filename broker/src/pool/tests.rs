@@ -188,7 +188,8 @@ fn an_untouched_request_moves_to_another_connection_and_a_touched_one_fails() {
 
 #[test]
 fn what_was_sent_and_waits_to_be_repeated_may_have_been_carried_out() {
-    let ways: [(fn(&mut World, RequestId), RequestEnd); 4] = [
+    type Way = fn(&mut World, RequestId);
+    let ways: [(Way, RequestEnd); 4] = [
         (|world, _| world.pass(50), RequestEnd::TimedOut),
         (|world, _| world.pass(40), RequestEnd::Failed(Reason::WaitTimeout)),
         (|world, request| world.cancel(request), RequestEnd::Failed(Reason::ClientGone)),
@@ -227,6 +228,53 @@ fn a_repeated_request_that_was_not_written_again_may_have_been_carried_out() {
     assert_eq!(world.on(request), Some(conns[0]));
     world.cancel(request);
     assert_eq!(world.ends[&request], (RequestEnd::Failed(Reason::ClientGone), true));
+}
+
+fn by_id(change: impl FnOnce(&mut UpstreamLimits)) -> World {
+    let mut limits = UpstreamLimits::of_protocol(Protocol::Tcp);
+    (limits.pipeline_depth, limits.connections_max) = (2, 1);
+    change(&mut limits);
+    let matching = Matching::ById { ids: 1_000 };
+    World::matching(Protocol::Tcp, limits, None, matching, false, Policy::RoundRobin)
+}
+
+#[test]
+fn a_connection_that_leaves_as_many_ids_unanswered_as_it_carries_is_replaced() {
+    let mut world = by_id(|limits| limits.request_timeout = ms(1_000));
+    let unanswered = [5, 6].map(|patience| world.ask_as(world.source(0), Some(patience)).unwrap());
+    let conn = world.connect();
+    world.pass(5);
+    let answered = world.ask();
+    assert_eq!(world.on(answered), Some(conn), "one may be missing");
+    world.receive(conn, 2, true);
+    assert!(world.ends.contains_key(&answered));
+    let last = world.ask();
+    world.pass(1);
+    assert!(unanswered.iter().all(|r| world.ends[r] == (RequestEnd::TimedOut, true)));
+    let next = world.ask();
+    assert_eq!((world.on(last), world.on(next)), (Some(conn), None), "it takes nothing new");
+    world.receive(conn, 2, true);
+    assert_eq!(world.closes[&conn], Reason::Stuck);
+    let conn = world.connect();
+    assert_eq!(world.on(next), Some(conn));
+}
+
+#[test]
+fn requests_that_are_given_up_take_no_more_ids_than_others_may() {
+    let mut world = by_id(|_| ());
+    let first = world.ask();
+    let conn = world.connect();
+    world.cancel(first);
+    for _ in 0..3 {
+        let request = world.ask();
+        assert_eq!(world.on(request), Some(conn));
+        world.cancel(request);
+    }
+    let waiting = world.ask();
+    assert_eq!((world.on(waiting), world.sockets[&conn].slots.len()), (None, 4));
+    world.receive(conn, 0, true);
+    assert_eq!(world.on(waiting), Some(conn), "their replies came after all");
+    world.check();
 }
 
 #[test]

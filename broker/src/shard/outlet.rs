@@ -613,7 +613,8 @@ impl Upstream {
         };
         let local = local_address(&fd);
         let bytes_max = self.config.limits.message_bytes_max;
-        let exchange = Exchange::new(self.config.url.framing, bytes_max);
+        let has_ids = self.config.url.id.is_some();
+        let exchange = Exchange::new(self.config.url.framing, has_ids, bytes_max);
         self.sockets.insert(
             conn,
             Socket {

@@ -239,6 +239,8 @@ impl World {
         let asked = &self.asked;
         let awaited = socket.slots.iter().filter(|(_, request)| asked.contains_key(request));
         assert!(awaited.count() <= depth, "at most pipeline_depth");
+        let slots_max = if self.pool.settings.protocol == Protocol::Tcp { 2 * depth } else { 16 };
+        assert!(socket.slots.len() <= slots_max, "with those that were given up");
         if !self.holds {
             socket.begun = socket.slots.len();
         }
@@ -708,7 +710,8 @@ impl World {
         for (conn, socket) in &self.sockets {
             let awaited = |request: RequestId| self.asked.contains_key(&request).then_some(request);
             let known = socket.slots.iter().map(|(tag, request)| (*tag, awaited(*request)));
-            let slots = pool.in_flight.slots_on(*conn).map(|slot| (slot.tag, slot.request));
+            let slots = pool.in_flight.slots_on(*conn).into_iter();
+            let slots = slots.map(|(tag, slot)| (tag, slot.request));
             let is_open = pool.conn(*conn).is_some_and(Conn::is_open);
             assert!(!is_open || slots.eq(known), "both know the same of {conn:?}");
             let lent_to = pool.conn(*conn).and_then(|record| record.lent_to);
@@ -722,7 +725,7 @@ impl World {
         let depth = limits.pipeline_depth;
         let has_room = |(conn, c): &(ConnId, &Conn)| {
             let is_in_use = is_exchange(c) && c.state == State::InUse && c.retiring.is_none();
-            depth > 1 && is_in_use && pool.in_flight.has_room(*conn, depth)
+            depth > 1 && is_in_use && pool.takes_one_more(*conn)
         };
         assert_eq!(listed, pool.conns().filter(has_room).map(|(conn, _)| conn).collect());
         assert_eq!(listed.len(), pool.with_room.len());

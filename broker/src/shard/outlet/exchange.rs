@@ -16,10 +16,11 @@ use rustix::io::Errno;
 use super::{Context, Phase, Upstream};
 use crate::buffer::{ReceiveBuffer, SendBuffer};
 use crate::ids::{ConnId, RequestId};
-use crate::inflight::{Owner, Tag};
+use crate::inflight::Owner;
 use crate::pool::{Acquire, Left, Role, State};
 use crate::quota::Charge;
 use crate::stats::RequestEnd;
+use crate::tagged::{Tag, Tagged};
 use crate::timers::Time;
 use crate::upstream::udp::{self, Discard};
 use crate::upstream::{broken, tcp};
@@ -49,32 +50,32 @@ struct Meta {
 #[derive(Debug)]
 struct Slot {
     request: RequestId,
-    tag: Tag,
     bytes: usize,
     meta: Meta,
     /// Its bytes, where it may have to be sent again.
     kept: Option<Vec<u8>>,
 }
 
-/// The requests of one connection, in the order in which they are written.
+/// The requests of one connection.
 #[derive(Debug)]
 pub(super) struct Exchange {
     /// What is not yet written.
     out: SendBuffer,
-    slots: VecDeque<Slot>,
-    /// So many of the slots are wholly written.
-    whole: usize,
-    /// So many bytes of the next one.
+    /// What was wholly written.
+    written: Tagged<Slot>,
+    /// The others, in the order in which they are written.
+    unwritten: VecDeque<(Tag, Slot)>,
+    /// So many bytes of the first of these were written.
     torn: usize,
     cutter: ReplyCutter,
 }
 
 impl Exchange {
-    pub(super) fn new(framing: Framing, message_bytes_max: usize) -> Self {
+    pub(super) fn new(framing: Framing, has_ids: bool, message_bytes_max: usize) -> Self {
         Exchange {
             out: SendBuffer::default(),
-            slots: VecDeque::new(),
-            whole: 0,
+            written: Tagged::new(!has_ids),
+            unwritten: VecDeque::new(),
             torn: 0,
             cutter: ReplyCutter::new(framing, message_bytes_max),
         }
@@ -82,16 +83,34 @@ impl Exchange {
 
     /// How many slots have left at least in part.
     fn begun(&self) -> usize {
-        self.whole + usize::from(self.torn > 0)
+        self.written.len() + usize::from(self.torn > 0)
     }
 
     fn is_written(&self) -> bool {
-        self.whole == self.slots.len()
+        self.unwritten.is_empty()
+    }
+
+    /// The one that is torn.
+    fn torn(&self) -> Option<&(Tag, Slot)> {
+        self.unwritten.front().filter(|_| self.torn > 0)
+    }
+
+    fn is_torn(&self, tag: Tag) -> bool {
+        self.torn().is_some_and(|(torn, _)| *torn == tag)
+    }
+
+    /// The one whose reply comes next, where they come in order.
+    fn front(&self) -> Option<&(Tag, Slot)> {
+        self.written.front().or_else(|| self.torn())
     }
 
     /// The reply that comes next, if one may come.
     fn expected(&self) -> Option<Expect> {
-        self.slots.front().filter(|_| self.begun() > 0).and_then(|slot| slot.meta.expect)
+        match self.front() {
+            Some((_, slot)) => slot.meta.expect,
+            // Replies with ids are all alike.
+            None => (!self.written.is_empty()).then_some(Expect::Plain),
+        }
     }
 
     /// The reply that stands at the start of `bytes`.
@@ -99,64 +118,83 @@ impl Exchange {
         self.cutter.next_reply(expect, bytes)
     }
 
-    fn push(&mut self, slot: Slot, bytes: &[u8]) {
+    fn push(&mut self, tag: Tag, slot: Slot, bytes: &[u8]) {
         let appended = self.out.append::<std::convert::Infallible>(|out| {
             out.extend_from_slice(bytes);
             Ok(())
         });
         debug_assert_eq!(appended, Ok(slot.bytes));
-        self.slots.push_back(slot);
+        self.unwritten.push_back((tag, slot));
     }
 
-    /// `bytes` more are written.
-    fn advance(&mut self, bytes: usize) {
+    /// `bytes` more are written; adds to `silent` what is now written and has no reply.
+    fn advance(&mut self, bytes: usize, silent: &mut Vec<Tag>) {
         self.out.consume(bytes);
         self.torn += bytes;
-        while let Some(slot) = self.slots.get_mut(self.whole)
-            && self.torn >= slot.bytes
+        while let Some((tag, mut slot)) =
+            self.unwritten.pop_front_if(|(_, slot)| self.torn >= slot.bytes)
         {
             self.torn -= slot.bytes;
-            self.whole += 1;
             if slot.kept.is_none() {
                 slot.meta.charge = None;
             }
+            if slot.meta.expect.is_none() {
+                silent.push(tag);
+            }
+            self.written.push(tag, slot);
         }
     }
 
-    fn place_of(&self, tag: Tag) -> Option<usize> {
-        self.slots.iter().position(|slot| slot.tag == tag)
+    /// Whether a slot has left at least in part.
+    fn has_begun(&self, tag: Tag) -> bool {
+        self.written.get(tag).is_some() || self.is_torn(tag)
     }
 
     /// Takes out a slot whose exchange is over. The rest of one that is torn is never written: its
     /// connection is of no use behind that.
-    fn take(&mut self, place: usize) -> Option<Slot> {
-        let slot = self.slots.remove(place)?;
-        if place < self.whole {
-            self.whole -= 1;
-        } else {
-            self.out.consume(slot.bytes - self.torn);
-            self.torn = 0;
+    fn take(&mut self, tag: Tag) -> Option<Slot> {
+        if let Some(slot) = self.written.take(tag) {
+            return Some(slot);
         }
+        let (_, slot) = self.unwritten.pop_front_if(|(torn, _)| self.torn > 0 && *torn == tag)?;
+        self.out.consume(slot.bytes - self.torn);
+        self.torn = 0;
         Some(slot)
-    }
-
-    fn clear(&mut self) {
-        self.out = SendBuffer::default();
-        self.slots.clear();
-        (self.whole, self.torn) = (0, 0);
     }
 
     /// Takes a slot back of which nothing was written: whether that was so.
     fn take_back(&mut self, tag: Tag) -> bool {
-        let Some(place) = self.place_of(tag).filter(|place| *place >= self.begun()) else {
+        if self.has_begun(tag) {
             return false;
-        };
-        let bytes = |slot: &Slot| slot.bytes;
-        let before: usize = self.slots.range(self.whole..place).map(bytes).sum();
-        if let Some(slot) = self.slots.remove(place) {
-            self.out.cut(before - self.torn, slot.bytes);
+        }
+        // It may not have come here yet.
+        if let Some(place) = self.unwritten.iter().position(|(other, _)| *other == tag) {
+            let before: usize = self.unwritten.range(..place).map(|(_, slot)| slot.bytes).sum();
+            if let Some((_, slot)) = self.unwritten.remove(place) {
+                self.out.cut(before - self.torn, slot.bytes);
+            }
         }
         true
+    }
+
+    /// Takes out all slots, each with its bytes if these are still here.
+    fn take_all(&mut self) -> Vec<(Tag, Slot, Option<Vec<u8>>)> {
+        let keep = |(tag, mut slot): (Tag, Slot)| {
+            let kept = slot.kept.take();
+            (tag, slot, kept)
+        };
+        let mut all: Vec<_> = self.written.take_all().into_iter().map(keep).collect();
+        // The rest of a torn one is of no use.
+        let torn = self.unwritten.pop_front_if(|_| self.torn > 0);
+        let mut at = torn.as_ref().map_or(0, |(_, slot)| slot.bytes - self.torn);
+        all.extend(torn.map(keep));
+        for (tag, slot) in self.unwritten.drain(..) {
+            let bytes = self.out.unsent().get(at..at + slot.bytes).map(<[u8]>::to_vec);
+            at += slot.bytes;
+            all.push((tag, slot, bytes));
+        }
+        (self.out, self.torn) = (SendBuffer::default(), 0);
+        all
     }
 }
 
@@ -250,12 +288,12 @@ impl Upstream {
         }
         let may_repeat = self.config.is_idempotent || self.config.limits.retransmits > 0;
         let kept = may_repeat.then(|| bytes.to_vec());
-        let slot = Slot { request, tag, bytes: bytes.len(), meta, kept };
+        let slot = Slot { request, bytes: bytes.len(), meta, kept };
         let exchange = &mut socket.exchange;
         if exchange.is_written() {
             self.unwritten.push(conn);
         }
-        exchange.push(slot, bytes);
+        exchange.push(tag, slot, bytes);
     }
 
     /// A waiting request was granted a connection, which may have been lost meanwhile.
@@ -275,8 +313,7 @@ impl Upstream {
             Left::Something => true,
             Left::SeeSlot { conn, tag } => {
                 let Some(socket) = self.sockets.get_mut(conn) else { return false };
-                let is_there = socket.exchange.place_of(tag).is_some();
-                if !is_there || socket.exchange.take_back(tag) {
+                if socket.exchange.take_back(tag) {
                     // It was on its way here, or to the socket.
                     self.pool.handle_unsent(now, conn, tag);
                     return false;
@@ -321,15 +358,14 @@ impl Upstream {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         let is_stream = self.config.url.protocol == Protocol::Tcp;
         let exchange = &mut socket.exchange;
-        let before = exchange.whole;
-        let (mut is_retry, mut lost) = (false, None);
+        let (mut is_retry, mut lost, mut silent) = (false, None, Vec::new());
         while socket.is_writable && !exchange.is_written() {
             let unsent = exchange.out.unsent();
-            let next = exchange.slots.get(exchange.whole).map_or(0, |slot| slot.bytes);
+            let next = exchange.unwritten.front().map_or(0, |(_, slot)| slot.bytes);
             let block = if is_stream { unsent } else { unsent.get(..next).unwrap_or(unsent) };
             match tcp::write(&socket.fd, block) {
                 Ok(bytes) => {
-                    exchange.advance(bytes);
+                    exchange.advance(bytes, &mut silent);
                     is_retry = false;
                     if let Some(record) = self.pool.conn_mut(conn) {
                         record.bytes_out += bytes as u64;
@@ -349,9 +385,7 @@ impl Upstream {
             }
         }
         // What has no reply is done.
-        let written = exchange.slots.range(before.min(exchange.whole)..exchange.whole);
-        let silent = written.filter(|slot| slot.meta.expect.is_none()).map(|slot| slot.tag);
-        for tag in silent.collect::<Vec<_>>() {
+        for tag in silent {
             self.complete(cx, conn, tag, &mut []);
         }
         if let Some(reason) = lost {
@@ -362,9 +396,7 @@ impl Upstream {
     /// Sends a request once more that had no reply.
     pub(super) fn resend(&mut self, conn: ConnId, tag: Tag) {
         if let Some(socket) = self.sockets.get(conn)
-            && let Some(place) = socket.exchange.place_of(tag)
-            && let Some(slot) = socket.exchange.slots.get(place)
-            && let Some(bytes) = slot.kept.as_ref().filter(|_| place < socket.exchange.whole)
+            && let Some(bytes) = socket.exchange.written.get(tag).and_then(|s| s.kept.as_ref())
         {
             // What does not get out is lost on the way like any other datagram, but for the error
             // of an earlier one, which stands in its way once (E10).
@@ -376,10 +408,8 @@ impl Upstream {
 
     /// The reply of a slot is not expected any more.
     pub(super) fn forget(&mut self, conn: ConnId, tag: Tag) {
-        if let Some(socket) = self.sockets.get_mut(conn)
-            && let Some(place) = socket.exchange.place_of(tag)
-        {
-            socket.exchange.take(place);
+        if let Some(socket) = self.sockets.get_mut(conn) {
+            socket.exchange.take(tag);
         }
     }
 
@@ -389,26 +419,12 @@ impl Upstream {
         let mut begun = 0;
         if let Some(socket) = self.sockets.get_mut(conn) {
             begun = socket.exchange.begun();
-            let unsent = socket.exchange.out.unsent();
-            // The rest of a torn one is of no use.
-            let torn =
-                socket.exchange.slots.get(socket.exchange.whole).map_or(0, |slot| slot.bytes);
-            let mut at = if socket.exchange.torn > 0 { torn - socket.exchange.torn } else { 0 };
-            for (place, slot) in socket.exchange.slots.drain(..).enumerate() {
-                let bytes = if place < begun {
-                    slot.kept
-                } else {
-                    let bytes = unsent.get(at..at + slot.bytes).map(<[u8]>::to_vec);
-                    at += slot.bytes;
-                    bytes
-                };
-                let is_awaited =
-                    self.pool.slot(conn, slot.tag).is_some_and(|s| s.request.is_some());
+            for (tag, slot, bytes) in socket.exchange.take_all() {
+                let is_awaited = self.pool.slot(conn, tag).is_some_and(|s| s.request.is_some());
                 if let Some(bytes) = bytes.filter(|_| is_awaited) {
                     self.bodies.insert(slot.request, Body { bytes, meta: slot.meta });
                 }
             }
-            socket.exchange.clear();
         }
         self.pool.handle_lost(now, conn, reason, begun);
     }
@@ -493,19 +509,17 @@ impl Upstream {
                 ReplyCut::Reply { body, consumed, closes } => {
                     let reply = buffer.unread_mut().get_mut(body).unwrap_or_default();
                     let tag = match self.config.url.id {
-                        None => exchange.slots.front().map(|slot| slot.tag),
+                        None => exchange.front().map(|(tag, _)| *tag),
                         Some(field) => field.of_reply(reply),
                     };
-                    let place = tag.and_then(|tag| exchange.place_of(tag));
                     if closes {
                         self.pool.handle_last_reply(conn);
                     }
-                    let (Some(tag), Some(place)) = (tag, place.filter(|p| *p < exchange.begun()))
-                    else {
+                    let Some(tag) = tag.filter(|tag| exchange.has_begun(*tag)) else {
                         return Some(Reason::Unsolicited);
                     };
                     // Answered before it was asked to its end.
-                    let is_torn = place >= exchange.whole;
+                    let is_torn = exchange.is_torn(tag);
                     self.complete(cx, conn, tag, reply);
                     buffer.consume(consumed);
                     if is_torn {
@@ -556,8 +570,7 @@ impl Upstream {
     fn finish_reply(&mut self, cx: &mut Context<'_>, conn: ConnId) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
         let Some(mut buffer) = socket.input.take() else { return };
-        if socket.exchange.whole > 0
-            && let Some(tag) = socket.exchange.slots.front().map(|slot| slot.tag)
+        if let Some(tag) = socket.exchange.written.front().map(|(tag, _)| *tag)
             && let Some(body) = socket.exchange.cutter.finish(buffer.unread())
         {
             let reply = buffer.unread_mut().get_mut(body).unwrap_or_default();
@@ -569,7 +582,7 @@ impl Upstream {
     /// The exchange of a slot is complete: its reply goes to whoever awaits it.
     fn complete(&mut self, cx: &mut Context<'_>, conn: ConnId, tag: Tag, reply: &mut [u8]) {
         let Some(socket) = self.sockets.get_mut(conn) else { return };
-        let slot = socket.exchange.place_of(tag).and_then(|place| socket.exchange.take(place));
+        let slot = socket.exchange.take(tag);
         if let Some(field) = self.config.url.id
             && let Some(slot) = &slot
         {
@@ -627,11 +640,10 @@ impl Upstream {
         let socket = self.sockets.get(conn)?;
         let exchange = &socket.exchange;
         let tag = match self.config.url.id {
-            None => exchange.slots.front().map(|slot| slot.tag),
+            None => exchange.front().map(|(tag, _)| *tag),
             Some(field) => field.of_reply(reply),
         };
-        let place = tag.and_then(|tag| exchange.place_of(tag));
-        let is_asked = place.is_some_and(|place| place < exchange.whole);
+        let is_asked = tag.is_some_and(|tag| exchange.written.get(tag).is_some());
         let discards = socket.discard == Discard::Drain;
         let record = self.pool.conn_mut(conn)?;
         record.bytes_in += reply.len() as u64;
