@@ -66,6 +66,9 @@ use poolbroker_proto::reason::Reason;
 use crate::config::{ADDRESSES_MAX, TIMEOUTS_TO_EJECT_MIN};
 use crate::timers::Time;
 
+// A bit for each address.
+const _: () = assert!(ADDRESSES_MAX <= u64::BITS as usize);
+
 /// How connections and requests are spread over the addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Policy {
@@ -137,6 +140,16 @@ pub enum Choice {
     To(SocketAddr),
 }
 
+/// How the sessions are spread over the addresses. While this stays the same, each session keeps
+/// its address.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Spread {
+    /// Changes with the set of addresses.
+    generation: u64,
+    /// The addresses that sessions go to, a bit for each. None: no session has one of its own.
+    homes: u64,
+}
+
 /// How an address fares, for `status`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Health {
@@ -176,6 +189,8 @@ pub struct Balance {
     /// Resolved no more, and still with connections or requests: kept until those are gone, so
     /// that an address that returns meanwhile has the right counts.
     departed: Vec<Address>,
+    /// How often the addresses changed.
+    generation: u64,
     /// The name was resolved in vain and there never was an address.
     is_unresolved: bool,
     /// Where the next connection goes among equals.
@@ -221,6 +236,7 @@ impl Balance {
             limits,
             addresses: Vec::new(),
             departed: Vec::new(),
+            generation: 0,
             is_unresolved: false,
             connect_turn: random.usize(..ADDRESSES_MAX),
             request_turn: random.usize(..ADDRESSES_MAX),
@@ -361,13 +377,36 @@ impl Balance {
         if self.addresses.len() <= 1 {
             return true;
         }
-        let Some(index) = self.addresses.iter().position(|address| address.remote == remote) else {
+        let Some(index) = self.index_of(remote) else {
             return false;
         };
         match self.home(now, key) {
             Some(home) => home == index,
             None => self.addresses[index].is_eligible(now) || !self.is_any_closed(),
         }
+    }
+
+    /// How the sessions are spread over the addresses now.
+    #[inline]
+    pub fn spread(&self, now: Time) -> Spread {
+        if self.limits.policy != Policy::Hash || self.addresses.len() <= 1 || !self.is_any_closed()
+        {
+            return Spread::default();
+        }
+        let bit =
+            |(index, address): (usize, &Address)| u64::from(address.is_eligible(now)) << index;
+        let homes = self.addresses.iter().enumerate().map(bit).sum();
+        Spread { generation: self.generation, homes }
+    }
+
+    /// The index of the address of a session, if it has one of its own now.
+    pub fn home_of(&self, now: Time, key: u64) -> Option<usize> {
+        self.home(now, Some(key)).filter(|_| self.addresses.len() > 1)
+    }
+
+    /// The index of an address, in ascending order.
+    pub fn index_of(&self, remote: SocketAddr) -> Option<usize> {
+        self.addresses.iter().position(|address| address.remote == remote)
     }
 
     /// A duration spread evenly by `percent` around `duration`.
@@ -490,6 +529,7 @@ impl Balance {
         }
         before.retain(Address::is_in_use);
         self.departed = before;
+        self.generation += 1;
         self.readmit_slow();
         gone
     }

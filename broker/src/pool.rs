@@ -29,12 +29,13 @@
 //! lane for its life, so its messages keep their order whatever happens to connections.
 //!
 //! This file has what a pool is asked and told; how it decides is in `pool/exchange.rs`,
-//! `pool/one_way.rs`, `pool/leases.rs` and `pool/places.rs`.
+//! `pool/one_way.rs`, `pool/leases.rs`, `pool/places.rs` and `pool/waiters.rs`.
 
 mod exchange;
 mod leases;
 mod one_way;
 mod places;
+mod waiters;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -48,6 +49,7 @@ use self::leases::Leases;
 pub use self::leases::Lend;
 use self::one_way::Lane;
 use self::places::Places;
+use self::waiters::Waiters;
 use crate::balance::{Balance, BalanceLimits, Breaker, Health, Policy};
 use crate::coalesce::Coalescer;
 use crate::config::LIFETIME_JITTER_PERCENT;
@@ -384,7 +386,7 @@ pub struct Pool {
     /// Exchange connections in `InUse` that can carry one more request, to be used in turn. Empty
     /// where a connection carries one at a time.
     with_room: VecDeque<ConnId>,
-    waiters: VecDeque<RequestId>,
+    waiters: Waiters,
     leases: Leases,
     retry_budget: RetryBudget,
     in_flight: InFlight,
@@ -437,7 +439,7 @@ impl Pool {
             idle: Vec::new(),
             returned: Vec::new(),
             with_room: VecDeque::new(),
-            waiters: VecDeque::new(),
+            waiters: Waiters::new(),
             leases: Leases::default(),
             retry_budget: RetryBudget::new(limits.retry_budget_percent),
             in_flight: InFlight::new(settings.matching, settings.seed),
@@ -521,7 +523,7 @@ impl Pool {
 
     /// Since when the first waiter waits.
     pub fn oldest_waiter(&self) -> Option<Time> {
-        self.waiters.front().and_then(|request| self.in_flight.get(*request)).map(|r| r.asked_at)
+        self.waiters.first().and_then(|request| self.in_flight.get(request)).map(|r| r.asked_at)
     }
 
     /// The slot of a connection with that tag.
@@ -634,7 +636,8 @@ impl Pool {
         }
         let request = self.in_flight.insert(owner, now, caller_deadline, is_last, deadline);
         self.deadlines.insert(deadline, Timer::Request(request));
-        self.waiters.push_back(request);
+        self.line_up(now);
+        self.waiters.push_back(request, self.line_of(now, request));
         self.want_connections(now);
         Acquire::Queued { request }
     }

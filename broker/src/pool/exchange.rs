@@ -6,11 +6,12 @@ use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
 use slotmap::Key;
 
+use super::waiters::Line;
 use super::{Acquire, Action, Left, Pool, State, Timer, earliest};
-use crate::balance::Choice;
+use crate::balance::{Balance, Choice};
 use crate::config::{RETRIES_KEPT, RETRIES_MAX};
 use crate::ids::{ConnId, RequestId};
-use crate::inflight::{Matching, Owner, Place, Slot, Times};
+use crate::inflight::{InFlight, Matching, Owner, Place, Slot, Times};
 use crate::stats::RequestEnd;
 use crate::tagged::Tag;
 use crate::timers::Time;
@@ -45,6 +46,12 @@ impl RetryBudget {
 /// The session, as the balance knows it.
 pub(super) fn key(owner: Owner) -> u64 {
     owner.source.data().as_ffi()
+}
+
+/// In the line of its session's address, if it has one.
+fn line_of(balance: &Balance, in_flight: &InFlight, now: Time, request: RequestId) -> Line {
+    let home = in_flight.get(request).and_then(|entry| balance.home_of(now, key(entry.owner)));
+    home.map_or(0, |home| 1 + home)
 }
 
 impl Pool {
@@ -221,22 +228,25 @@ impl Pool {
     }
 
     pub(super) fn serve_waiters(&mut self, now: Time) {
-        let mut passed_over = 0;
-        while !(self.idle.is_empty() && self.with_room.is_empty())
-            && let Some(request) = self.waiters.get(passed_over).copied()
-            && let Some(entry) = self.in_flight.get(request)
-        {
+        // Lines for whose address nothing is free, a bit for each.
+        let mut passed_over = 0u128;
+        while !(self.idle.is_empty() && self.with_room.is_empty()) {
+            if self.line_up(now) {
+                passed_over = 0;
+            }
+            let lines = self.waiters.lines().filter(|(line, ..)| passed_over & (1 << line) == 0);
+            let Some((line, request, _)) = lines.min_by_key(|(_, _, turn)| *turn) else { break };
+            let Some(entry) = self.in_flight.get(request) else { break };
             let owner = entry.owner;
             if entry.caller_deadline.is_some_and(|deadline| deadline <= now) {
                 self.end_request(now, request, RequestEnd::TimedOut);
             } else if let Some(conn) = self.select(now, owner) {
-                self.waiters.remove(passed_over);
+                self.waiters.remove(request);
                 if let Some(tag) = self.grant(now, request, conn) {
                     self.actions.push_back(Action::Dispatch { conn, request, tag });
                 }
             } else {
-                // What is free goes to an address that is not for its session.
-                passed_over += 1;
+                passed_over |= 1 << line;
             }
         }
         if !self.idle.is_empty() {
@@ -247,19 +257,41 @@ impl Pool {
     /// Takes the first waiter that a connection to `remote` may serve and whose caller still waits:
     /// timers run after events, and what nobody wants any more is not sent.
     fn next_waiter(&mut self, now: Time, remote: SocketAddr) -> Option<RequestId> {
-        let mut passed_over = 0;
-        while let Some(request) = self.waiters.get(passed_over).copied() {
+        self.line_up(now);
+        let line = match self.waiters.first_of(0) {
+            Some(_) => 0,
+            None => 1 + self.balance.index_of(remote)?,
+        };
+        while let Some(request) = self.waiters.first_of(line) {
             let entry = self.in_flight.get(request)?;
             if entry.caller_deadline.is_some_and(|deadline| deadline <= now) {
                 self.end_request(now, request, RequestEnd::TimedOut);
             } else if self.balance.may_serve(now, Some(key(entry.owner)), remote) {
-                self.waiters.remove(passed_over);
+                self.waiters.remove(request);
                 return Some(request);
             } else {
-                passed_over += 1;
+                // Nor may it serve another one in that line.
+                return None;
             }
         }
         None
+    }
+
+    /// Whoever waits stands where its address is now: whether somebody had to move.
+    pub(super) fn line_up(&mut self, now: Time) -> bool {
+        let spread = self.balance.spread(now);
+        if spread == self.waiters.spread {
+            return false;
+        }
+        let lines = 1 + self.balance.health().count();
+        let Pool { waiters, balance, in_flight, .. } = self;
+        waiters.line_up(spread, lines, |request| line_of(balance, in_flight, now, request));
+        true
+    }
+
+    /// Where a request stands that waits.
+    pub(super) fn line_of(&self, now: Time, request: RequestId) -> Line {
+        line_of(&self.balance, &self.in_flight, now, request)
     }
 
     /// A request has left its connection.
@@ -291,7 +323,7 @@ impl Pool {
         }
         for (request, is_begun) in again.into_iter().rev() {
             self.count_request_end(conn);
-            self.wait_again(request, is_begun);
+            self.wait_again(now, request, is_begun);
         }
     }
 
@@ -303,7 +335,7 @@ impl Pool {
     }
 
     /// Puts a request back to the head of the waiters.
-    fn wait_again(&mut self, request: RequestId, is_retry: bool) {
+    fn wait_again(&mut self, now: Time, request: RequestId, is_retry: bool) {
         let Some(entry) = self.in_flight.get(request) else {
             return;
         };
@@ -312,7 +344,8 @@ impl Pool {
         self.in_flight.wait_again(request, deadline, is_retry);
         self.retried += u64::from(is_retry);
         self.deadlines.insert(deadline, Timer::Request(request));
-        self.waiters.push_front(request);
+        self.line_up(now);
+        self.waiters.push_front(request, self.line_of(now, request));
     }
 
     pub(super) fn handle_wait_over(&mut self, now: Time, request: RequestId) {
@@ -322,7 +355,7 @@ impl Pool {
         let by_caller = entry.caller_deadline.is_some_and(|deadline| deadline <= now);
         let end =
             if by_caller { RequestEnd::TimedOut } else { RequestEnd::Refused(Reason::WaitTimeout) };
-        self.waiters.retain(|waiting| *waiting != request);
+        self.waiters.remove(request);
         self.fail(now, request, end, Left::Nothing);
     }
 
@@ -334,7 +367,7 @@ impl Pool {
         match entry.place {
             Place::Waiting { deadline } => {
                 self.deadlines.remove(deadline, Timer::Request(request));
-                self.waiters.retain(|waiting| *waiting != request);
+                self.waiters.remove(request);
                 self.fail(now, request, end, Left::Nothing);
             }
             Place::On { conn, tag } => {
@@ -406,7 +439,7 @@ impl Pool {
         let Some(reason) = self.balance.fail_fast(now).filter(|_| self.places.exchange == 0) else {
             return;
         };
-        for request in std::mem::take(&mut self.waiters) {
+        for request in self.waiters.take_all() {
             if let Some(Place::Waiting { deadline }) =
                 self.in_flight.get(request).map(|entry| entry.place)
             {

@@ -130,8 +130,8 @@ impl Pool {
         if self.places.connecting >= self.settings.limits.connecting_max {
             return false;
         }
-        let first = self.waiters.front().filter(|_| role == Role::Exchange);
-        let owner = first.and_then(|first| self.in_flight.get(*first)).map(|entry| entry.owner);
+        let first = self.waiters.first().filter(|_| role == Role::Exchange);
+        let owner = first.and_then(|first| self.in_flight.get(first)).map(|entry| entry.owner);
         let remote = match self.balance.pick(now, owner.map(key)) {
             Pick::Address(remote) => remote,
             Pick::NotBefore(at) => {

@@ -729,6 +729,13 @@ impl World {
         };
         assert_eq!(listed, pool.conns().filter(has_room).map(|(conn, _)| conn).collect());
         assert_eq!(listed.len(), pool.with_room.len());
+        let is_waiting = |request: &&RequestId| {
+            let entry = pool.in_flight.get(**request);
+            entry.is_some_and(|entry| matches!(entry.place, Place::Waiting { .. }))
+        };
+        assert_eq!(pool.waiters.len(), self.asked.keys().filter(is_waiting).count());
+        let lines = pool.waiters.lines().map(|(line, ..)| pool.waiters.len_of(line));
+        assert_eq!(pool.waiters.len(), lines.sum::<usize>());
         // With several, what is free may go to an address that is not for those who wait.
         let has_choice = self.addresses > 1;
         assert!(
