@@ -404,6 +404,13 @@ impl Balance {
         self.home(now, Some(key)).filter(|_| self.addresses.len() > 1)
     }
 
+    /// Why no connect to the address of that index may begin now, if so.
+    pub fn obstacle_to(&self, now: Time, index: usize) -> Option<Pick> {
+        let address = self.addresses.get(index)?;
+        let is_free = address.is_connectable(now);
+        (!is_free).then(|| obstacle(now, std::slice::from_ref(address)))
+    }
+
     /// The index of an address, in ascending order.
     pub fn index_of(&self, remote: SocketAddr) -> Option<usize> {
         self.addresses.iter().position(|address| address.remote == remote)

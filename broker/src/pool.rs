@@ -29,12 +29,14 @@
 //! lane for its life, so its messages keep their order whatever happens to connections.
 //!
 //! This file has what a pool is asked and told; how it decides is in `pool/exchange.rs`,
-//! `pool/one_way.rs`, `pool/leases.rs`, `pool/places.rs` and `pool/waiters.rs`.
+//! `pool/one_way.rs`, `pool/leases.rs`, `pool/places.rs`, `pool/shares.rs` and
+//! `pool/waiters.rs`.
 
 mod exchange;
 mod leases;
 mod one_way;
 mod places;
+mod shares;
 mod waiters;
 
 use std::collections::VecDeque;
@@ -760,6 +762,7 @@ impl Pool {
         for remote in self.balance.handle_resolved(addresses) {
             self.leave_address(now, remote);
         }
+        self.serve_waiters(now);
         self.fail_waiters_if_down(now);
         self.want_connections(now);
     }
@@ -801,6 +804,8 @@ impl Pool {
             self.balance.handle_failure(now, record.remote, reason);
         }
         self.close(conn, reason);
+        // Their address may be another one now.
+        self.serve_waiters(now);
         self.fail_waiters_if_down(now);
         self.want_connections(now);
     }

@@ -11,7 +11,7 @@ use poolbroker_proto::reason::Reason;
 use super::exchange::key;
 use super::{Action, Conn, Pool, Role, State, Timer};
 use crate::balance::Pick;
-use crate::ids::ConnId;
+use crate::ids::{ConnId, RequestId};
 use crate::timers::Time;
 
 /// How many connections are where; kept by [`Pool::move_to`].
@@ -36,7 +36,7 @@ impl Pool {
                 continue;
             }
             if self.places.open < self.connections_max() {
-                if !self.connect(now, Role::OneWay { lane }) {
+                if !self.connect(now, Role::OneWay { lane }, None) {
                     break;
                 }
             } else if let Some(conn) = self.longest_idle() {
@@ -52,16 +52,17 @@ impl Pool {
                 let is_wanted = !self.closing_down && self.lendable() == 0;
                 let has_place = self.places.open < self.connections_max();
                 if self.lanes[lane].is_free() && is_wanted && has_place {
-                    self.connect(now, Role::OneWay { lane });
+                    self.connect(now, Role::OneWay { lane }, None);
                 }
             }
         }
         let keeps_warm = self.settings.protocol != Protocol::UdpWriteOnly && !self.closing_down;
+        let at_addresses = self.connect_for_addresses(now);
         loop {
             let places = self.places;
-            let for_requests = self.waiters.len().div_ceil(self.settings.limits.pipeline_depth);
-            let doubtful = self.balance.doubtful_connects();
-            let expected = places.connecting_exchange.saturating_sub(doubtful);
+            let for_requests = self.conns_for(0);
+            let others = self.balance.doubtful_connects() + at_addresses;
+            let expected = places.connecting_exchange.saturating_sub(others);
             let for_waiters = for_requests + self.lendable() > expected;
             let warm = keeps_warm && places.exchange < connections_min;
             let reserved = self.wanting_lanes();
@@ -72,43 +73,52 @@ impl Pool {
                 return;
             }
             if places.open + reserved >= self.connections_max() {
-                // What was lent serves nobody else; and with one place for both roles, a resting
-                // one-way connection makes room.
-                if for_waiters && let Some(conn) = self.returned.first().copied() {
-                    self.close(conn, Reason::MakeRoom);
-                } else if self.lendable() > 0
+                if self.lendable() > 0
+                    && self.returned.is_empty()
                     && let Some(conn) = self.with_room.front().copied()
                     && !self.conns.values().any(|conn| conn.is_making_room())
                 {
                     // One that always carries something would never be free to be lent.
                     self.retire(conn, Reason::MakeRoom);
-                } else if for_waiters
-                    && places.exchange == 0
-                    && let Some(conn) = self.resting_one_way()
-                {
-                    self.finish_one_way(now, conn, Reason::MakeRoom);
-                } else if for_waiters
-                    && let Some(conn) = self.idle.first().copied()
-                    && let Some(State::Idle { since }) = self.conns.get(conn).map(|c| c.state)
-                {
-                    // It goes to an address that no waiter may use now. Not at once: what is opened
-                    // instead may turn out to be no better.
-                    let at = since + self.settings.limits.backoff_base;
-                    match at <= now {
-                        true => self.close(conn, Reason::MakeRoom),
-                        false => self.look_again(at),
-                    }
+                } else if for_waiters {
+                    self.give_up_resting(now);
                 }
                 return;
             }
-            if !self.connect(now, Role::Exchange) {
+            if !self.connect(now, Role::Exchange, self.waiters.first_of(0)) {
                 return;
             }
         }
     }
 
+    /// Closes a connection that rests and serves nobody who waits now: whether there is one.
+    pub(super) fn give_up_resting(&mut self, now: Time) -> bool {
+        // What was lent serves nobody else; and with one place for both roles, a resting one-way
+        // connection makes room.
+        if let Some(conn) = self.returned.first().copied() {
+            self.close(conn, Reason::MakeRoom);
+        } else if self.places.exchange == 0
+            && let Some(conn) = self.resting_one_way()
+        {
+            self.finish_one_way(now, conn, Reason::MakeRoom);
+        } else if let Some(conn) = self.idle.first().copied()
+            && let Some(State::Idle { since }) = self.conns.get(conn).map(|c| c.state)
+        {
+            // It goes to an address that no waiter may use now. Not at once: what is opened
+            // instead may turn out to be no better.
+            let at = since + self.settings.limits.backoff_base;
+            match at <= now {
+                true => self.close(conn, Reason::MakeRoom),
+                false => self.look_again(at),
+            }
+        } else {
+            return false;
+        }
+        true
+    }
+
     /// Looks then, at the latest, for what can be opened or used.
-    fn look_again(&mut self, at: Time) {
+    pub(super) fn look_again(&mut self, at: Time) {
         if self.retry_scheduled_at.is_none_or(|scheduled| scheduled > at) {
             self.retry_scheduled_at = Some(at);
             self.deadlines.insert(at, Timer::Retry);
@@ -125,12 +135,11 @@ impl Pool {
         conns.into_iter().find(|conn| self.conns.get(*conn).is_some_and(is_idle))
     }
 
-    /// Starts a connect if there is an address to go to now.
-    pub(super) fn connect(&mut self, now: Time, role: Role) -> bool {
+    /// Starts a connect if there is an address to go to now: that of the request it is for.
+    pub(super) fn connect(&mut self, now: Time, role: Role, first: Option<RequestId>) -> bool {
         if self.places.connecting >= self.settings.limits.connecting_max {
             return false;
         }
-        let first = self.waiters.first().filter(|_| role == Role::Exchange);
         let owner = first.and_then(|first| self.in_flight.get(first)).map(|entry| entry.owner);
         let remote = match self.balance.pick(now, owner.map(key)) {
             Pick::Address(remote) => remote,

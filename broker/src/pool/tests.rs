@@ -277,6 +277,129 @@ fn requests_that_are_given_up_take_no_more_ids_than_others_may() {
     world.check();
 }
 
+/// Two addresses, and for each a session that keeps to it.
+fn hashed(change: impl FnOnce(&mut UpstreamLimits)) -> (World, [SourceId; 2]) {
+    let mut limits = UpstreamLimits::of_protocol(Protocol::Tcp);
+    change(&mut limits);
+    let matching = Matching::InOrder;
+    let mut world = World::matching(Protocol::Tcp, limits, None, matching, false, Policy::Hash);
+    world.addresses = 2;
+    world.resolve();
+    let homes = |world: &World, port| {
+        let is_home = |source: &&SourceId| {
+            let home = world.pool.balance.home_of(world.now, source.data().as_ffi());
+            home == Some(port)
+        };
+        *world.ledgers.keys().find(is_home).expect("some session goes there")
+    };
+    let sources = [homes(&world, 0), homes(&world, 1)];
+    (world, sources)
+}
+
+/// The connections to an address.
+fn to(world: &World, port: u16) -> Vec<ConnId> {
+    let conns = world.pool.conns().filter(|(_, conn)| conn.remote.port() == port);
+    conns.map(|(conn, _)| conn).collect()
+}
+
+#[test]
+fn a_silent_address_leaves_connects_and_places_for_the_others() {
+    for (connecting_max, connections_max) in [(4, 8), (8, 4)] {
+        let (mut world, [silent, well]) = hashed(|limits| {
+            (limits.connecting_max, limits.connections_max) = (connecting_max, connections_max);
+        });
+        (0..10).for_each(|_| _ = world.ask_as(silent, None).unwrap());
+        assert_eq!(to(&world, 1).len(), 4);
+        let first = world.ask_as(well, None).unwrap();
+        assert_eq!((to(&world, 1).len(), to(&world, 2).len()), (3, 1));
+        let conn = to(&world, 2)[0];
+        world.finish_connect(conn, true);
+        assert_eq!(world.on(first), Some(conn));
+        world.check();
+        (0..10).for_each(|_| _ = world.ask_as(well, None).unwrap());
+        // No more than evens it out.
+        let of_silent = if connections_max == 8 { 3 } else { 2 };
+        assert_eq!((to(&world, 1).len(), to(&world, 2).len()), (of_silent, 2));
+        world.check();
+    }
+}
+
+#[test]
+fn an_address_in_backoff_keeps_nobody_who_goes_elsewhere_waiting() {
+    let (mut world, [failed, well]) = hashed(|limits| limits.connecting_max = 1);
+    world.ask_as(failed, None).unwrap();
+    world.finish_connect(to(&world, 1)[0], false);
+    let request = world.ask_as(well, None).unwrap();
+    let conn = to(&world, 2)[0];
+    world.finish_connect(conn, true);
+    assert_eq!(world.on(request), Some(conn));
+}
+
+#[test]
+fn a_doubtful_connect_gives_way_to_one_that_is_not() {
+    for (connecting_max, connections_max) in [(1, 8), (8, 1)] {
+        let (mut world, [silent, well]) = hashed(|limits| {
+            (limits.connecting_max, limits.connections_max) = (connecting_max, connections_max);
+        });
+        world.ask_as(silent, None).unwrap();
+        world.finish_connect(to(&world, 1)[0], false);
+        world.pass(1_000);
+        assert_eq!(to(&world, 1).len(), 1, "once more");
+        world.ask_as(well, None).unwrap();
+        assert_eq!((to(&world, 1).len(), to(&world, 2).len()), (0, 1));
+    }
+}
+
+#[test]
+fn a_busy_address_gives_places_to_one_that_has_none() {
+    for connections_max in [1, 3] {
+        let (mut world, [busy, other]) = hashed(|limits| limits.connections_max = connections_max);
+        (0..connections_max + 4).for_each(|_| _ = world.ask_as(busy, None).unwrap());
+        let conns: Vec<_> = (0..connections_max).map(|_| world.connect()).collect();
+        let request = world.ask_as(other, None).unwrap();
+        for conn in conns.iter().cycle().take(5 * connections_max) {
+            if world.sockets.get(conn).is_some_and(|socket| socket.begun > 0) {
+                world.reply(*conn);
+            }
+            world.check();
+        }
+        let conn = to(&world, 2)[0];
+        world.finish_connect(conn, true);
+        assert_eq!(world.on(request), Some(conn));
+        let closed = world.closes.values().all(|reason| *reason == Reason::MakeRoom);
+        assert_eq!((closed, world.closes.len()), (true, 1));
+    }
+}
+
+#[test]
+fn what_rests_serves_those_whose_address_was_ejected() {
+    let (mut world, [ejected, well]) = hashed(|limits| limits.breaker_failures = 1);
+    world.ask_as(well, None).unwrap();
+    let conn = world.connect();
+    world.reply(conn);
+    let request = world.ask_as(ejected, None).unwrap();
+    world.finish_connect(to(&world, 1)[0], false);
+    assert_eq!(world.on(request), Some(conn));
+}
+
+#[test]
+fn whoever_waits_for_an_address_is_served_in_order_before_and_after_it_is_ejected() {
+    let (mut world, [first, second]) = hashed(|limits| {
+        (limits.connections_max, limits.connecting_max, limits.breaker_failures) = (2, 2, 1);
+    });
+    let order = [first, second, first, second];
+    let asked = order.map(|source| world.ask_as(source, None).unwrap());
+    let (gone, conn) = (to(&world, 1)[0], to(&world, 2)[0]);
+    world.finish_connect(conn, true);
+    assert_eq!(asked.map(|r| world.on(r)), [None, Some(conn), None, None]);
+    world.finish_connect(gone, false);
+    for (ended, next) in [(1, 0), (0, 2), (2, 3)] {
+        assert_eq!(world.on(asked[ended]), Some(conn));
+        world.reply(conn);
+        assert_eq!(world.on(asked[next]), Some(conn), "{next} waited longest");
+    }
+}
+
 #[test]
 fn surplus_bytes_close_the_connection() {
     let mut world = tcp(|_| ());
