@@ -757,8 +757,13 @@ impl World {
         assert!(open <= limits.connections_max);
         // Each connection that is open may be retired after the last place for one was taken.
         assert!(retired + exchange < limits.retired_max + limits.connections_max);
-        // A request that was admitted may have to wait again.
-        assert!(pool.waiters() <= limits.waiters_max + limits.connections_max * depth);
+        // A request that was admitted may have to wait again, and then keeps back only those who
+        // wait for the same address.
+        let lines = match pool.settings.policy {
+            Policy::Hash => usize::from(self.addresses),
+            Policy::RoundRobin | Policy::LeastOutstanding => 1,
+        };
+        assert!(pool.waiters() <= limits.waiters_max + lines * limits.connections_max * depth);
 
         let rests = |lent: bool| {
             let resting = pool.conns().filter(|(_, c)| is_exchange(c) && is_idle(c));
