@@ -174,7 +174,14 @@ impl Pool {
             self.retire(conn, Reason::Drained);
         }
         match self.conns.get(conn).and_then(|record| record.retiring) {
-            Some(reason) if awaited == 0 => self.close(conn, reason),
+            Some(reason) if awaited == 0 => {
+                // Late replies to what was given up must not reach the next one on its port.
+                let is_datagram = self.settings.protocol == Protocol::Udp;
+                match is_datagram && slots > 0 && reason != Reason::Drained {
+                    true => self.taint(now, conn, reason),
+                    false => self.close(conn, reason),
+                }
+            }
             Some(_) => {}
             None if slots == 0 => return self.free_whole(now, conn),
             None => self.list(conn),

@@ -153,6 +153,25 @@ fn a_timed_out_udp_socket_is_retired_until_late_replies_cannot_come() {
 }
 
 #[test]
+fn a_udp_socket_with_unanswered_ids_is_kept_deaf_when_it_retires() {
+    let mut limits = UpstreamLimits::of_protocol(Protocol::Udp);
+    limits.pipeline_depth = 4;
+    limits.requests_per_connection_max = 2;
+    let matching = Matching::ById { ids: 1_000 };
+    let mut world =
+        World::matching(Protocol::Udp, limits, None, matching, false, Policy::RoundRobin);
+    let (cancelled, _) = (world.ask(), world.ask());
+    let conn = world.on(cancelled).unwrap();
+    world.cancel(cancelled);
+    // By the reply to the other one it has done all it may.
+    world.receive(conn, 1, true);
+    world.pass(9_999);
+    assert!(world.sockets.contains_key(&conn), "the other reply may still come");
+    world.pass(1);
+    assert_eq!(world.closes[&conn], Reason::LateReplyWindow);
+}
+
+#[test]
 fn retired_sockets_are_limited() {
     let mut world = world(Protocol::Udp, |limits| limits.retired_max = 1);
     let request = world.ask();
