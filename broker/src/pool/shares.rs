@@ -3,7 +3,8 @@
 //! Those who wait for one address must not take every connect and every place from those who wait
 //! for another: an address that is silent would hold all of them until its connects time out. So
 //! the next connect is for the address that has the fewest connections, and one that has more than
-//! its share gives one up: first a connect under way, else a connection once it is free.
+//! its share gives one up: first a connect under way, else a connection once it is free. As that
+//! may be never, an address that has a connection leaves a place to each one that has none.
 
 use std::cmp::Reverse;
 
@@ -93,8 +94,14 @@ impl Pool {
             };
             self.close(conn, Reason::MakeRoom);
         }
-        if self.places.open + self.wanting_lanes() >= self.connections_max() {
+        let taken = self.places.open + self.wanting_lanes();
+        if taken >= self.connections_max() {
             self.make_room(now, shares, &needy);
+            return false;
+        }
+        let is_left_out = |share: &&Share| share.conns == 0 && !share.is_failing;
+        let left_out = shares.iter().filter(is_left_out).count();
+        if needy.conns > 0 && taken + left_out >= self.connections_max() {
             return false;
         }
         self.connect(now, Role::Exchange, self.waiters.first_of(needy.line))
