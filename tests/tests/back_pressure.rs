@@ -10,14 +10,16 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
+use poolbroker_proto::frame::{FrameHeader, Kind};
 use poolbroker_proto::message::{BrokerMessage, ClientMessage};
 use poolbroker_proto::reason::Reason;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, list, listener_in, total};
 use poolbroker_tests::deadline::PATIENCE;
-use poolbroker_tests::peers::{Manners, TcpEcho, TcpSink, UdpSink};
-use poolbroker_tests::raw::{RawClient, ask};
+use poolbroker_tests::peers::{Manners, TcpEcho, TcpSink, UdpSink, unused_port};
+use poolbroker_tests::raw::{RawClient, ask, frame};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -90,6 +92,54 @@ fn nothing_is_stuck_for_ever_when_neither_side_reads() {
         assert!(ended.iter().copied().eq(1..=REQUESTS), "{ended:?}");
     });
     broker.assert_sums(&broker.status());
+}
+
+#[test]
+fn what_waits_for_room_or_for_a_buffer_costs_no_processor_time() {
+    let (mute, sink) = (TcpSink::start(), TcpSink::start());
+    mute.pause();
+    let hosts = format!("127.0.0.1:{},127.0.0.1:{}", mute.port(), sink.port());
+    let config = format!(
+        "[upstream.down]\nurl = \"tcp://127.0.0.1:{}?framing=raw\"\n\
+         [upstream.all]\nurl = \"tcp://{hosts}?framing=raw\"\nmode = \"broadcast\"\n\
+         [limits]\nqueued_bytes_max_per_uid = 2097152\npartial_timeout = \"10m\"\n",
+        unused_port()
+    );
+    let broker = Broker::builder().config(&config).start();
+    let idles = |what: &str| {
+        thread::sleep(Duration::from_millis(100));
+        let before = broker.cpu_time();
+        thread::sleep(Duration::from_millis(500));
+        let used = broker.cpu_time() - before;
+        assert!(used < Duration::from_millis(150), "{what}: {used:?} of processor time in 500 ms");
+    };
+    let large = [vec![b'x'; 300 * 1024], vec![b'\n']].concat();
+    // One that fits in no queue but an empty one, behind a short one that stays.
+    let mut down = RawClient::welcomed(broker.runtime_dir()).0;
+    let handle = down.open("down");
+    down.send(handle, b"short");
+    broker.wait_until_upstream("down", |it| total(it, "queued") == 1);
+    down.send(handle, &large);
+    idles("blocked at an upstream that is down");
+    let mut all = RawClient::welcomed(broker.runtime_dir()).0;
+    let handle = all.open("all");
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| (0..100).for_each(|_| all.send(handle, &large)));
+        thread::sleep(Duration::from_millis(500));
+        idles("blocked at one host of a broadcast");
+        mute.resume();
+        writer.join().unwrap();
+    });
+    // Half-sent frames hold buffers until the user has none left for the others.
+    let mut clients: Vec<_> =
+        (0..60).map(|_| RawClient::welcomed(broker.runtime_dir()).0).collect();
+    let handles: Vec<_> = clients.iter_mut().map(|client| client.open("all")).collect();
+    for (client, upstream) in clients.iter_mut().zip(handles) {
+        let header = FrameHeader { upstream, ..FrameHeader::new(Kind::Send) };
+        client.send_bytes(&frame(header, &large)[..60_000]);
+    }
+    idles("starved of buffers");
+    drop(clients);
 }
 
 #[test]

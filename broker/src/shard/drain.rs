@@ -69,7 +69,7 @@ impl Shard {
             }
             Phase::Draining { deadline, is_last_pass } => {
                 let is_quiet = self.sources.ready_count() == 0
-                    && !self.sources.has_starved()
+                    && self.sources.starved_until().is_none()
                     && self.upstreams.iter().all(|upstream| upstream.pool.is_settled())
                     && self.sources.table.values().all(is_at_its_end);
                 if !is_quiet {

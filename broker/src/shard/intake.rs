@@ -114,6 +114,8 @@ pub enum Served {
     Blocked {
         /// Which.
         upstream: usize,
+        /// Those of the message that does not fit.
+        bytes: usize,
     },
     /// Its user has no quota left for a buffer.
     Starved,
@@ -382,11 +384,10 @@ fn push_copies(
     Push::Staged
 }
 
-/// Which upstream has to make room before one that was full is tried again: that of a host of a
-/// broadcast.
-pub fn held_up_at(upstreams: &Upstreams, upstream: usize) -> usize {
+/// Which upstream has to make room before a message is tried again: that of a host of a broadcast.
+pub fn held_up_at(upstreams: &Upstreams, upstream: usize, bytes: usize) -> usize {
     let copies = upstreams[upstream].copies.clone();
-    let full = copies.into_iter().flatten().find(|copy| !upstreams[*copy].pool.has_room_again());
+    let full = copies.into_iter().flatten().find(|copy| upstreams[*copy].holds_up(bytes));
     full.unwrap_or(upstream)
 }
 
@@ -499,7 +500,10 @@ fn record_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &m
                     ring.take(&record, upstream);
                     desk.upstreams[upstream].count_redelivered(u64::from(is_touched));
                 }
-                Push::Full => return Step::Stop(Served::Blocked { upstream }),
+                Push::Full => {
+                    let bytes = record.body_bytes;
+                    return Step::Stop(Served::Blocked { upstream, bytes });
+                }
                 Push::Dropped | Push::Refused(_) => ring.take_settled(&record, true),
             }
             Step::Next
@@ -584,7 +588,7 @@ fn handle_frame(
             let stage = |outlet: &mut Upstream| outlet.push(id, frame.body, false);
             let bytes = frame.body.len();
             if push(desk, &mut source.session, id, taken, route, bytes, stage) == Push::Full {
-                return Ok(Step::Stop(Served::Blocked { upstream }));
+                return Ok(Step::Stop(Served::Blocked { upstream, bytes }));
             }
         }
         Kind::Request => {
@@ -942,8 +946,9 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
                 let is_line = *framing == Framing::Lines;
                 let route = Route::new(0, upstream);
                 let stage = |outlet: &mut Upstream| outlet.push(id, body, is_line);
-                if push(desk, session, id, taken, route, body.len(), stage) == Push::Full {
-                    return Step::Stop(Served::Blocked { upstream });
+                let bytes = body.len();
+                if push(desk, session, id, taken, route, bytes, stage) == Push::Full {
+                    return Step::Stop(Served::Blocked { upstream, bytes });
                 }
             }
             buffer.consume(consumed);
@@ -982,10 +987,11 @@ fn end_of_input(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, reason: 
             let body = &buffer.unread()[body];
             let route = Route::new(0, upstream);
             let stage = |outlet: &mut Upstream| outlet.push(id, body, false);
-            if push(desk, session, id, &mut taken, route, body.len(), stage) == Push::Full {
+            let bytes = body.len();
+            if push(desk, session, id, &mut taken, route, bytes, stage) == Push::Full {
                 // The end will be read again.
                 source.is_readable = true;
-                return Served::Blocked { upstream };
+                return Served::Blocked { upstream, bytes };
             }
             accept(desk, session, id, &mut taken);
         }

@@ -40,7 +40,7 @@ use self::upstreams::Upstreams;
 use crate::buffer::Spares;
 use crate::closer::Closer;
 use crate::config::{
-    ACCEPT_PAUSE, ACCEPTS_MAX, BUSY_RUNS_PER_TURN, CLOSING_GRACE, DISCARD_INTERVAL, STARVED_PAUSE,
+    ACCEPT_PAUSE, ACCEPTS_MAX, BUSY_RUNS_PER_TURN, CLOSING_GRACE, DISCARD_INTERVAL,
 };
 use crate::config::{BrokerLimits, Config, Dynamic, UpstreamLimits};
 use crate::ids::{ConnId, SourceId};
@@ -345,7 +345,6 @@ impl Shard {
             Some(Duration::ZERO) => return Some(Duration::ZERO),
             nap => nap.map(|nap| self.now + nap),
         };
-        let starved = self.sources.has_starved().then(|| self.now + STARVED_PAUSE);
         let next = self
             .upstreams
             .next_deadline()
@@ -353,7 +352,7 @@ impl Shard {
             .chain(self.sources.next_deadline())
             .chain(self.listener.resumes_at)
             .chain(drain)
-            .chain(starved)
+            .chain(self.sources.starved_until())
             .chain(nap)
             .chain([self.discards_due_at])
             .min()?;
@@ -440,7 +439,7 @@ impl Shard {
             self.discards_due_at = self.now + DISCARD_INTERVAL;
             self.upstreams.iter_mut().for_each(Upstream::refresh_discards);
         }
-        self.sources.feed_starved();
+        self.sources.feed_starved(self.now);
     }
 
     fn handle_overdue(&mut self, id: SourceId) {
@@ -521,21 +520,22 @@ impl Shard {
                         source.is_held = true;
                     }
                 }
-                Served::Blocked { upstream } => {
+                Served::Blocked { upstream, bytes } => {
                     if let Some(source) = self.sources.table.get_mut(id) {
                         source.is_blocked = true;
                     }
-                    let full = intake::held_up_at(&self.upstreams, upstream);
-                    self.upstreams[full].block(id);
+                    let full = intake::held_up_at(&self.upstreams, upstream, bytes);
+                    self.upstreams[full].block(id, bytes);
                 }
-                Served::Starved => self.sources.starve(id),
+                Served::Starved => self.sources.starve(self.now, id),
                 Served::Ended(reason) => {
                     if let Some(source) = self.sources.table.get_mut(id) {
                         source.ended = Some(reason);
                     }
                 }
             }
-            busy_runs += usize::from(is_busy);
+            // A run that took nothing kept nobody waiting.
+            busy_runs += usize::from(is_busy && bytes > 0);
             self.sources.make_due(id);
             self.sources.schedule(id);
             for order in std::mem::take(&mut self.orders) {

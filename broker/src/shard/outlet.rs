@@ -9,6 +9,7 @@ mod greeting;
 mod lending;
 mod one_way;
 
+use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -96,8 +97,8 @@ pub struct Upstream {
     granted: Vec<(ConnId, LeaseId, Owner)>,
     /// Connections that came back from leases.
     returned: Vec<ConnId>,
-    /// Sources that found the queue full.
-    blocked: Vec<SourceId>,
+    /// Sources whose next message, of so many bytes, found no room in the queue.
+    blocked: VecDeque<(SourceId, usize)>,
     /// Connections with more to read than one turn allows.
     unread: Vec<ConnId>,
     /// Connections that took no more when they were written to.
@@ -211,7 +212,7 @@ impl Upstream {
             unwritten: Vec::new(),
             granted: Vec::new(),
             returned: Vec::new(),
-            blocked: Vec::new(),
+            blocked: VecDeque::new(),
             unread: Vec::new(),
             full: Vec::new(),
             replies: Some(udp::Receiver::new()),
@@ -342,9 +343,9 @@ impl Upstream {
         self.pool.accept(now, source)
     }
 
-    /// Remembers that a source waits for room.
-    pub fn block(&mut self, source: SourceId) {
-        self.blocked.push(source);
+    /// Remembers that a source waits for room for a message of `bytes`.
+    pub fn block(&mut self, source: SourceId, bytes: usize) {
+        self.blocked.push_back((source, bytes + self.wire.overhead_bytes()));
     }
 
     // From the loop.
@@ -418,10 +419,12 @@ impl Upstream {
         }
         self.carry_out(cx);
         self.await_room(cx);
-        if !self.blocked.is_empty() && self.pool.has_room_again() {
-            for source in self.blocked.drain(..) {
-                cx.sources.unblock(source);
-            }
+        // In the order in which they came: a large one is not passed by small ones for ever.
+        while self.pool.has_room_again()
+            && let Some((source, _)) =
+                self.blocked.pop_front_if(|(_, bytes)| self.pool.has_room(*bytes))
+        {
+            cx.sources.unblock(source);
         }
     }
 

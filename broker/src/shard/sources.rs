@@ -15,7 +15,7 @@ use serde::Serialize;
 use slotmap::SlotMap;
 
 use crate::buffer::ReceiveBuffer;
-use crate::config::RECEIVE_BYTES;
+use crate::config::{RECEIVE_BYTES, STARVED_PAUSE};
 use crate::credit::Credit;
 use crate::ids::{RequestId, SourceId};
 use crate::inflight::Owner;
@@ -182,6 +182,8 @@ pub struct Sources {
     /// Those whose sockets took no more.
     pub full: Vec<SourceId>,
     starved: Vec<SourceId>,
+    /// When those try again; some, if there are any.
+    starved_until: Option<Time>,
     /// Those that the loop looks at by itself.
     pub awake: Vec<SourceId>,
     deadlines: Deadlines<SourceId>,
@@ -198,6 +200,7 @@ impl Sources {
             due: VecDeque::new(),
             full: Vec::new(),
             starved: Vec::new(),
+            starved_until: None,
             awake: Vec::new(),
             deadlines: Deadlines::new(),
             reply_queue_bytes_max,
@@ -248,21 +251,26 @@ impl Sources {
         }
     }
 
-    /// No buffer could be charged to its user: it tries again when somebody gave one back.
-    pub fn starve(&mut self, id: SourceId) {
+    /// No buffer could be charged to its user: it tries again after a pause.
+    pub fn starve(&mut self, now: Time, id: SourceId) {
         self.starved.push(id);
+        self.starved_until.get_or_insert(now + STARVED_PAUSE);
     }
 
-    /// Lets the starved ones try again.
-    pub fn feed_starved(&mut self) {
+    /// Lets the starved ones try again, if it is time.
+    pub fn feed_starved(&mut self, now: Time) {
+        if self.starved_until.is_none_or(|until| until > now) {
+            return;
+        }
+        self.starved_until = None;
         for id in std::mem::take(&mut self.starved) {
             self.make_busy(id);
         }
     }
 
-    /// Whether somebody waits for a buffer.
-    pub fn has_starved(&self) -> bool {
-        !self.starved.is_empty()
+    /// Until when those wait who have no buffer, if somebody does.
+    pub fn starved_until(&self) -> Option<Time> {
+        self.starved_until
     }
 
     /// How many are ready.
