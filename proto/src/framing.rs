@@ -142,6 +142,21 @@ impl Framing {
         Ok(framing)
     }
 
+    /// Appends `body`, which came as a reply, as one message to `out`. Replies of a protocol are whole
+    /// as they came, or nothing.
+    ///
+    /// # Errors
+    /// As [`Framing::encode`], where the framing does not know the protocol.
+    pub fn encode_reply(self, body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
+        match self {
+            Framing::Resp | Framing::Memcached | Framing::Http1 => {
+                out.extend_from_slice(body);
+                Ok(())
+            }
+            framing => framing.encode(body, out),
+        }
+    }
+
     /// Appends `body` as one message to `out`.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use poolbroker_proto::message::{Attachment, ClientMessage};
 use poolbroker_proto::reason::Reason;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{list, total, wait_for_child};
-use poolbroker_tests::deadline::wait_for;
+use poolbroker_tests::deadline::{PATIENCE, wait_for};
 use poolbroker_tests::peers::{Manners, TcpEcho, TcpSink, UdpSink};
 use poolbroker_tests::raw::{Attach, RawClient, ask, control, frame};
 use rustix::fs::OFlags;
@@ -163,6 +163,37 @@ fn a_socketpair_carries_requests_in_and_replies_out() {
     own.shutdown(Shutdown::Write).unwrap();
     let (_, reason, _) = client.next_detached();
     assert!([Reason::EndOfInput, Reason::ClientGone].contains(&reason), "{reason:?}");
+}
+
+#[test]
+fn a_socketpair_speaks_the_protocol_of_its_upstream_both_ways() {
+    for (framing, before, question, reply) in [
+        ("resp", "", "*2\r\n$3\r\nGET\r\n$1\r\nk\r\n", "$1\r\nv\r\n"),
+        ("memcached", "", "get k\r\n", "VALUE k 0 1\r\nv\r\nEND\r\n"),
+        ("memcached", "set k 0 0 1 noreply\r\nv\r\n", "get k\r\n", "END\r\n"),
+        (
+            "http1",
+            "",
+            "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            "HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nyes",
+        ),
+    ] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("tcp://{}?framing={framing}", listener.local_addr().unwrap());
+        let broker = Broker::start(&[format!("it={url}")]);
+        let (mut client, handle) = client(&broker, "it");
+        let (mut own, passed) = UnixStream::pair().unwrap();
+        attach(&mut client, handle, Attachment::Socketpair, &passed);
+        own.set_read_timeout(Some(PATIENCE)).unwrap();
+        own.write_all((before.to_owned() + question).as_bytes()).unwrap();
+        let (mut peer, _) = listener.accept().unwrap();
+        let mut asked = vec![0; before.len() + question.len()];
+        peer.read_exact(&mut asked).unwrap();
+        peer.write_all(reply.as_bytes()).unwrap();
+        let mut answer = vec![0; reply.len()];
+        own.read_exact(&mut answer).unwrap();
+        assert_eq!(String::from_utf8(answer).unwrap(), reply);
+    }
 }
 
 #[test]

@@ -312,14 +312,17 @@ impl Pool {
     /// at least in part.
     pub(super) fn give_back(&mut self, now: Time, conn: ConnId, reason: Reason, begun: usize) {
         let slots = self.in_flight.take_all(conn);
-        let failed = match reason {
-            Reason::ConnectRefused | Reason::ReplyTooLong | Reason::BadReply => reason,
-            _ => Reason::ConnectionLost,
-        };
+        // A bad reply is that to the first request; by id it may be that to any.
+        let is_told = self.settings.matching == Matching::InOrder || slots.len() == 1;
         let mut again = Vec::new();
         for (at, (_, slot)) in slots.into_iter().enumerate() {
             let Slot { request: Some(request), .. } = slot else { continue };
             let is_begun = at < begun;
+            let failed = match reason {
+                Reason::ConnectRefused => reason,
+                Reason::ReplyTooLong | Reason::BadReply if at == 0 && is_told => reason,
+                _ => Reason::ConnectionLost,
+            };
             // Its own reply would be as bad the next time.
             let may_repeat = failed == Reason::ConnectionLost || failed == Reason::ConnectRefused;
             if !is_begun || (may_repeat && self.may_retry(request)) {

@@ -206,6 +206,22 @@ fn an_untouched_request_moves_to_another_connection_and_a_touched_one_fails() {
 }
 
 #[test]
+fn a_bad_reply_is_the_fault_of_one_request_and_those_behind_it_are_repeated() {
+    let mut limits = UpstreamLimits::of_protocol(Protocol::Tcp);
+    (limits.pipeline_depth, limits.connections_max) = (4, 1);
+    limits.retry_budget_percent = 100;
+    let (order, policy) = (Matching::InOrder, Policy::RoundRobin);
+    let mut world = World::matching(Protocol::Tcp, limits, None, order, true, policy);
+    let asked = [(); 3].map(|()| world.ask());
+    let conn = world.connect();
+    world.lose(conn, Reason::ReplyTooLong);
+    assert_eq!(world.ends[&asked[0]], (RequestEnd::Failed(Reason::ReplyTooLong), true));
+    world.pass(1_000);
+    let conn = world.connect();
+    assert_eq!([world.on(asked[1]), world.on(asked[2])], [Some(conn); 2]);
+}
+
+#[test]
 fn what_was_sent_and_waits_to_be_repeated_may_have_been_carried_out() {
     type Way = fn(&mut World, RequestId);
     let ways: [(Way, RequestEnd); 4] = [

@@ -416,7 +416,7 @@ impl Sources {
             }
             Io::Socketpair(socket) => {
                 source.awaits_reply = false;
-                if let Err(reason) = framing.encode(body, socket.stream.out()) {
+                if let Err(reason) = framing.encode_reply(body, socket.stream.out()) {
                     source.ended = Some(reason);
                 }
                 self.make_ready(owner.source);

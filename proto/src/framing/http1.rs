@@ -119,6 +119,8 @@ const TWO_LENGTHS: Fault = "more than one Content-Length";
 const BAD_ENCODING: Fault = "a Transfer-Encoding that is not chunked alone, once, in HTTP/1.1";
 const LENGTH_AND_ENCODING: Fault = "Content-Length beside Transfer-Encoding";
 const TWO_HOSTS: Fault = "more than one Host";
+const NO_HOST: Fault = "HTTP/1.1 without Host";
+const BAD_TARGET: Fault = "a target that is neither /PATH nor a URL nor *";
 const BAD_CHUNK: Fault = "a chunk that does not have the form SIZE CRLF DATA CRLF";
 const BAD_TRAILER: Fault = "Content-Length or Transfer-Encoding in a trailer";
 const NOT_WHOLE: Fault = "a request that is not complete";
@@ -315,10 +317,10 @@ impl Head {
             }
             self.is_chunked = true;
         } else if name.eq_ignore_ascii_case(b"connection") {
-            for option in value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii) {
-                self.closes |= option.eq_ignore_ascii_case(b"close");
-                self.keeps_alive |= option.eq_ignore_ascii_case(b"keep-alive");
-            }
+            // Some servers look for the word anywhere.
+            self.closes |= value.windows(5).any(|part| part.eq_ignore_ascii_case(b"close"));
+            let mut options = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+            self.keeps_alive |= options.any(|option| option.eq_ignore_ascii_case(b"keep-alive"));
         } else if name.eq_ignore_ascii_case(b"upgrade") {
             self.has_upgrade = true;
         } else if name.eq_ignore_ascii_case(b"expect") {
@@ -364,6 +366,10 @@ fn read_request_line(line: &[u8]) -> Result<Head, Fault> {
         method if method.eq_ignore_ascii_case(b"CONNECT") => Start::ConnectRequest,
         _ => Start::Request,
     };
+    let has_form = target.starts_with(b"/") || target.windows(3).any(|part| part == b"://");
+    if !has_form && target != b"*" && start != Start::ConnectRequest {
+        return Err(BAD_TARGET);
+    }
     Ok(Head::new(start, is_http_1_0))
 }
 
@@ -485,6 +491,10 @@ pub(super) fn classify(body: &[u8]) -> Verdict {
     };
     if let Some(what) = head.refused() {
         return refused(Reason::Stateful, what);
+    }
+    // A server answers that with an error and closes (RFC 9112, section 3.2).
+    if !head.has_host && !head.is_http_1_0 {
+        return refused(Reason::Malformed, NO_HOST);
     }
     let expect = match head.start {
         Start::HeadRequest => Expect::HeaderOnly,
@@ -645,6 +655,7 @@ mod tests {
         let line = "(GET|HEAD|POST|M-SEARCH) (/[!-~]{0,9}|\\*|http://x/) HTTP/1\\.[12]\r\n";
         (line, fields(), body()).prop_map(|(line, fields, body)| {
             let mut out = line.into_bytes();
+            out.extend_from_slice(b"Host: x\r\n");
             out.extend_from_slice(fields.as_bytes());
             body.write(&mut out);
             out
@@ -869,6 +880,7 @@ mod tests {
                 ],
             ),
             (TWO_HOSTS, vec![with("host: y\r\n"), with("Host: x\r\n")]),
+            (BAD_TARGET, vec![line("GET x HTTP/1.1"), line("GET ** HTTP/1.1")]),
             (
                 UNTERMINATED,
                 vec![
@@ -1016,7 +1028,7 @@ mod tests {
             ("CONNECT x:1 HTTP/1.1\r\n\r\n", Some("CONNECT")),
             ("connect x:1 HTTP/1.1\r\n\r\n", Some("CONNECT")),
             ("GET / HTTP/1.1\r\nConnection: Upgrade\r\nupgrade: h2c\r\n\r\n", Some("Upgrade")),
-            ("GET / HTTP/1.1\r\nConnection: Upgrade\r\n\r\n", None),
+            ("GET / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n\r\n", None),
         ] {
             assert_eq!(request_look(request), whole(request));
             let mut out = Vec::new();
@@ -1044,21 +1056,31 @@ mod tests {
         let one = Verdict::One(Expect::Plain);
         let last = Verdict::Last(Expect::Plain);
         for (request, expected) in [
-            ("GET / HTTP/1.1\r\nConnection: keep-alive\r\n\r\n", &one),
-            ("GET / HTTP/1.1\r\nConnection: closed\r\n\r\n", &one),
-            ("GET / HTTP/1.1\r\nX-Connection: close\r\n\r\n", &one),
-            ("GET / HTTP/1.1\r\nconnection: Close\r\n\r\n", &last),
-            ("GET / HTTP/1.1\r\nConnection: TE,\tclose\r\nTE: trailers\r\n\r\n", &last),
-            ("GET / HTTP/1.1\r\nConnection: TE\r\nConnection: close\r\n\r\n", &last),
-            ("GET / HTTP/1.1\r\nConnection: keep-alive, close\r\n\r\n", &last),
+            ("GET / HTTP/1.1\r\nHost: x\r\nConnection: keep-alive\r\n\r\n", &one),
+            ("GET / HTTP/1.1\r\nHost: x\r\nConnection: x-closed\r\n\r\n", &last),
+            ("GET / HTTP/1.1\r\nHost: x\r\nX-Connection: close\r\n\r\n", &one),
+            ("GET / HTTP/1.1\r\nHost: x\r\nconnection: Close\r\n\r\n", &last),
+            ("GET / HTTP/1.1\r\nHost: x\r\nConnection: TE,\tclose\r\nTE: trailers\r\n\r\n", &last),
+            ("GET / HTTP/1.1\r\nHost: x\r\nConnection: TE\r\nConnection: close\r\n\r\n", &last),
+            ("GET / HTTP/1.1\r\nHost: x\r\nConnection: keep-alive, close\r\n\r\n", &last),
             ("GET / HTTP/1.0\r\n\r\n", &last),
-            ("POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx", &last),
+            (
+                "POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx",
+                &last,
+            ),
             ("GET / HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n", &one),
-            ("HEAD / HTTP/1.1\r\nConnection: close\r\n\r\n", &Verdict::Last(Expect::HeaderOnly)),
+            (
+                "HEAD / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+                &Verdict::Last(Expect::HeaderOnly),
+            ),
         ] {
             assert_eq!(classify(request.as_bytes()), *expected, "{request:?}");
             assert_eq!(encode(request.as_bytes(), &mut vec![]), Ok(()));
         }
+        // Without it a server ends the connection, too.
+        let what = NO_HOST.to_owned();
+        let refused = Verdict::Refused { reason: Reason::Malformed, what };
+        assert_eq!(classify(b"GET / HTTP/1.1\r\nX-Host: x\r\n\r\n"), refused);
     }
 
     #[test]
@@ -1068,7 +1090,7 @@ mod tests {
             ("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: keep-alive\r\n\r\n", false),
             ("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nconnection: CLOSE\r\n\r\n", true),
             ("HTTP/1.1 204 No\r\nConnection: a\r\nConnection: b , close\r\nX: y\r\n\r\n", true),
-            ("HTTP/1.1 200 OK\r\nConnection: closed\r\nContent-Length: 0\r\n\r\n", false),
+            ("HTTP/1.1 200 OK\r\nConnection: x-closed\r\nContent-Length: 0\r\n\r\n", true),
             ("HTTP/1.0 200 OK\r\nContent-Length: 0\r\n\r\n", true),
             ("HTTP/1.0 200 OK\r\nContent-Length: 0\r\nConnection: Keep-Alive\r\n\r\n", false),
             ("HTTP/1.0 200 OK\r\nContent-Length: 0\r\nConnection: keep-alive, close\r\n\r\n", true),

@@ -578,10 +578,11 @@ const STATEFUL: [&[&str]; 13] = [
 ];
 
 /// The same of commands whose other subcommands are harmless.
-const STATEFUL_SUBCOMMANDS: [&str; 18] = [
+const STATEFUL_SUBCOMMANDS: [&str; 19] = [
     "CLIENT CACHING",
     "CLIENT CAPA",
     "CLIENT IMPORT-SOURCE",
+    "CLIENT KILL",
     "CLIENT NO-EVICT",
     "CLIENT NO-TOUCH",
     "CLIENT REPLY",

@@ -90,9 +90,11 @@ impl Wire {
 /// A message that ends its connection is refused: those behind it would be sent and never read.
 fn encode_framed(framing: Framing, body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
     match framing {
-        Framing::Http1 if matches!(framing.classify(body), Verdict::Last(_)) => {
-            Err(Reason::Stateful)
-        }
+        Framing::Http1 => match framing.classify(body) {
+            Verdict::Last(_) => Err(Reason::Stateful),
+            Verdict::Refused { reason, .. } => Err(reason),
+            Verdict::One(_) | Verdict::None => framing.encode(body, out),
+        },
         framing => framing.encode(body, out),
     }
 }
@@ -209,8 +211,11 @@ mod tests {
         }
         let http = Wire::Framed(Framing::Http1);
         for (body, result) in [
-            (&b"GET / HTTP/1.1\r\n\r\n"[..], Ok(())),
-            (b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n", Err(Reason::Stateful)),
+            (&b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"[..], Ok(())),
+            (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", Err(Reason::Stateful)),
+            (b"GET / HTTP/1.1\r\nHost: x\r\nConnection: x-close-y\r\n\r\n", Err(Reason::Stateful)),
+            (b"GET / HTTP/1.1\r\n\r\n", Err(Reason::Malformed)),
+            (b"GET x HTTP/1.1\r\nHost: x\r\n\r\n", Err(Reason::Malformed)),
             (b"GET / HTTP/1.0\r\n\r\n", Err(Reason::Stateful)),
             (b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", Ok(())),
         ] {
