@@ -292,6 +292,10 @@ impl Head {
         self.closes || (self.is_http_1_0 && !self.keeps_alive)
     }
 
+    fn lacks_host(self) -> bool {
+        !self.has_host && !self.is_http_1_0 && self.refused().is_none()
+    }
+
     fn is_request(self) -> bool {
         !matches!(self.start, Start::Status(_))
     }
@@ -461,6 +465,8 @@ fn is_text(text: &[u8]) -> bool {
 fn inspect(body: &[u8]) -> Result<Head, Fault> {
     let mut scan = Scan::default();
     match scan.advance(Kind::Request, body, usize::MAX) {
+        // A server answers that with an error and closes (RFC 9112, section 3.2).
+        Ok(End::At(end)) if end == body.len() && scan.head.lacks_host() => Err(NO_HOST),
         Ok(End::At(end)) if end == body.len() => Ok(scan.head),
         Ok(End::At(_)) => Err(NOT_ALONE),
         Ok(End::Connection) | Err(Stop::Incomplete) => Err(NOT_WHOLE),
@@ -491,10 +497,6 @@ pub(super) fn classify(body: &[u8]) -> Verdict {
     };
     if let Some(what) = head.refused() {
         return refused(Reason::Stateful, what);
-    }
-    // A server answers that with an error and closes (RFC 9112, section 3.2).
-    if !head.has_host && !head.is_http_1_0 {
-        return refused(Reason::Malformed, NO_HOST);
     }
     let expect = match head.start {
         Start::HeadRequest => Expect::HeaderOnly,
