@@ -370,6 +370,14 @@ impl Balance {
         None
     }
 
+    /// Whether requests would be spread over more addresses if there were one more connection.
+    pub fn lacks_address(&self, now: Time) -> bool {
+        let is_left_out = |address: &Address| address.conns == 0 && address.is_connectable(now);
+        self.addresses.len() > 1
+            && self.limits.policy != Policy::Hash
+            && self.addresses.iter().any(is_left_out)
+    }
+
     /// Whether a free connection to `remote` may carry a request of the session `key` that waits:
     /// one that [`Balance::choose`] would have taken. With one address: any.
     #[inline]

@@ -621,7 +621,9 @@ impl Pool {
             let request = self.in_flight.insert(owner, now, caller_deadline, is_last, deadline);
             if let Some(tag) = self.grant(now, request, conn) {
                 // In order also with what is still to be carried out.
-                if self.actions.is_empty() {
+                let is_first = self.actions.is_empty();
+                self.connect_to_left_out(now);
+                if is_first {
                     return Acquire::Granted { request, conn, tag };
                 }
                 self.actions.push_back(Action::Dispatch { conn, request, tag });

@@ -91,6 +91,35 @@ fn many_clients_share_no_more_connections_than_connections_max() {
 }
 
 #[test]
+fn requests_one_after_the_other_go_to_all_addresses_in_turn() {
+    for balance in ["round-robin", "least-outstanding"] {
+        let mut peers = [(); 3].map(|()| TcpEcho::start());
+        let hosts = peers.each_ref().map(|peer| format!("127.0.0.1:{}", peer.port())).join(",");
+        let broker = with_limits(&format!("tcp://{hosts}"), &format!("balance = \"{balance}\""));
+        let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+        let handle = client.open("echo");
+        for number in 0..60 {
+            let body = format!("request {number}");
+            assert_eq!(client.request(handle, 0, body.as_bytes()).reply(), body.as_bytes());
+        }
+        let shares = peers.each_ref().map(TcpEcho::messages);
+        assert!(shares.iter().all(|share| *share >= 10), "{balance}: {shares:?}");
+        // One that is gone costs the others nothing, and has its share again.
+        peers[0].stop();
+        broker.wait_until_upstream("echo", |it| list(it, "connections").len() < 3);
+        for _ in 0..20 {
+            assert_eq!(client.request(handle, 0, b"two are left").reply(), b"two are left");
+        }
+        peers[0].restart();
+        let before = peers[0].messages();
+        wait_for("the first one has its share", || {
+            let _ = client.request(handle, 0, b"three again");
+            (peers[0].messages() > before).then_some(())
+        });
+    }
+}
+
+#[test]
 fn a_late_tcp_reply_never_reaches_another_request() {
     let echo =
         TcpEcho::behaving(Manners::SlowEvery { every: 7, delay: Duration::from_millis(400) });

@@ -91,6 +91,16 @@ impl Pool {
         }
     }
 
+    /// A request found a connection: where those of all addresses take turns, one that has none gets
+    /// its own for the next request.
+    pub(super) fn connect_to_left_out(&mut self, now: Time) {
+        let has_place = self.places.open + self.wanting_lanes() < self.connections_max()
+            && self.places.retired < self.settings.limits.retired_max.max(1);
+        if has_place && !self.closing_down && self.balance.lacks_address(now) {
+            self.connect(now, Role::Exchange, None);
+        }
+    }
+
     /// Closes a connection that rests and serves nobody who waits now: whether there is one.
     pub(super) fn give_up_resting(&mut self, now: Time) -> bool {
         // What was lent serves nobody else; and with one place for both roles, a resting one-way
