@@ -40,6 +40,7 @@ use exit::{CommandError, Exit, complain};
 /// and shows what it holds.
 #[derive(Debug, Parser)]
 #[command(name = "poolbroker", version, max_term_width = 100, after_help = after_help(EXAMPLES))]
+#[command(arg_required_else_help = true)]
 struct Arguments {
     /// Where the broker's sockets and FIFOs are [default: $XDG_RUNTIME_DIR/poolbroker, as root
     /// /run/poolbroker]

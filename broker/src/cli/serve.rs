@@ -14,7 +14,7 @@ use super::table::{stderr_takes_colour, wrap};
 use crate::config::{Config, LIMIT_SECTIONS, LOG_LINES_MAX};
 use crate::control::{self, Ending, Signals};
 
-/// Run the broker in the foreground until SIGTERM or SIGINT.
+/// Run the broker in the foreground until SIGTERM, SIGINT or SIGHUP; there is no reload.
 ///
 /// At the signal it takes no new sessions, reads what its FIFOs, pipes and sockets still hold,
 /// sends everything and ends; a second signal ends it at once.
@@ -37,7 +37,7 @@ pub struct Serve {
 const EXAMPLES: &str = "\
 Examples:
   poolbroker serve --upstream metrics=udp-write-only://127.0.0.1:8125
-  poolbroker serve --upstream cache=tcp://127.0.0.1:6379?framing=crlf --log debug
+  poolbroker serve --upstream cache=tcp://127.0.0.1:6379?framing=resp --log debug
   poolbroker serve --config /etc/poolbroker.toml --runtime-dir /run/poolbroker";
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
