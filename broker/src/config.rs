@@ -356,7 +356,7 @@ limits! {
     reply_queue_bytes_max: usize = MIB, 4 * KIB..=1024 * MIB, "bytes",
         "Replies that a client has not read; a session above it is not read either.";
     resolve_interval: Duration = s(15), s(1)..=DAY, "duration",
-        "Host names are resolved again that often while they are in use.";
+        "Host names are resolved again that often, whether they are in use or not.";
     ring_bytes_max_per_uid: usize = 1024 * MIB, MIB..=1024 * 1024 * MIB, "bytes",
         "Shared memory of all rings of one user. Pages exist only once they were used.";
     delay_max: Duration = Duration::from_micros(900), NONE..=ms(10), "duration",

@@ -76,7 +76,7 @@ reasons! {
     ConnectRefused "connect_refused" "the upstream refused the connection";
     ConnectError "connect_error" "the connection could not be opened";
     NoPorts "no_ports" "no local port is free for another connection";
-    Unresolved "unresolved" "the host name has no address";
+    Unresolved "unresolved" "the host name has no address that may be used";
     PeerClosed "peer_closed" "the upstream closed the connection";
     PeerReset "peer_reset" "the upstream reset the connection or vanished";
     IdleTimeout "idle_timeout" "the connection was idle for idle_timeout";

@@ -263,7 +263,7 @@ fn read(line: &[u8]) -> Result<Command, String> {
     let name = fields.next().unwrap_or_default();
     let shown = name.get(..NAME_BYTES_MAX).unwrap_or(name).escape_ascii();
     let Some(kind) = Kind::of(name) else {
-        return Err(format!("unknown command {shown}, for which there are leases"));
+        return Err(format!("unknown command {shown}; a lease can carry it"));
     };
     // memcached looks for `get ` at the very start of such a line.
     if line.len() > LINE_BYTES_MAX && !(kind == Kind::Get && line.starts_with(b"get")) {
@@ -876,8 +876,8 @@ mod tests {
         let key = "k".repeat(KEY_BYTES_MAX + 1);
         let flags = "f ".repeat(META_WORDS_MAX - 1);
         let long = format!("get {}", "key ".repeat(LINE_BYTES_MAX));
-        assert_eq!(malformed("foo k 1"), "unknown command foo, for which there are leases");
-        assert_eq!(malformed("GET k"), "unknown command GET, for which there are leases");
+        assert_eq!(malformed("foo k 1"), "unknown command foo; a lease can carry it");
+        assert_eq!(malformed("GET k"), "unknown command GET; a lease can carry it");
         assert!(malformed(&"x".repeat(99)).len() < 90);
         for body in [
             "",
