@@ -756,7 +756,9 @@ impl Upstream {
             failure.text.extend(what.chars().take(CLIENT_TEXT_CHARS_MAX));
         }
         if reason == Reason::Stateful {
-            failure.text.push_str("; use a lease, a connection of one's own (lease = true, client library)");
+            failure.text.push_str(
+                "; use a lease, a connection of one's own (lease = true, client library)",
+            );
         }
         failure
     }
