@@ -1,6 +1,7 @@
 //! Everything that messages come from, and replies go to: sessions and FIFOs.
 //!
-//! A source is *ready* when it has something to cut or read, *due* when it has something to be
+//! A source is *ready* when it has something to cut or read (*fresh* if it had nothing before, *busy*
+//! if it had more than a run could take), *due* when it has something to be
 //! told, *blocked* while an upstream's queue is full, *starved* while its user's quota leaves no
 //! buffer. One that has ended stays until everything it handed over has its outcome.
 
