@@ -75,8 +75,8 @@ pub struct Poller<T> {
     epoll: OwnedFd,
     targets: SlotMap<Token, T>,
     events: Vec<Event>,
-    /// The last wait told of one event at most.
-    is_calm: bool,
+    /// Of how many events the last wait told.
+    told: usize,
     alarm: Alarm,
 }
 
@@ -124,7 +124,7 @@ impl<T: Copy> Poller<T> {
         let token = Token::null();
         add(&epoll, &timer, EventData::new_u64(token.data().as_ffi()), INPUT)?;
         let alarm = Alarm { timer, at: None };
-        Ok(Poller { epoll, targets: SlotMap::with_key(), events, is_calm: false, alarm })
+        Ok(Poller { epoll, targets: SlotMap::with_key(), events, told: 0, alarm })
     }
 
     /// Watches a source for reading, by edges.
@@ -211,6 +211,12 @@ impl<T: Copy> Poller<T> {
         }
     }
 
+    /// Forgets a descriptor that is closed before the next wait, which takes it out of the kernel's
+    /// watch unless somebody else has it, too (epoll(7), question 6).
+    pub fn forget(&mut self, token: Token) {
+        self.targets.remove(token);
+    }
+
     /// Waits for events at most that long from `now` on, for ever without a timeout.
     pub fn wait(&mut self, now: Time, timeout: Option<Duration>) -> Result<(), Errno> {
         let is_far = |timeout: &Duration| *timeout >= ALARM_MIN;
@@ -222,7 +228,7 @@ impl<T: Copy> Poller<T> {
         self.events.clear();
         let room = rustix::buffer::spare_capacity(&mut self.events);
         let waited = wait(&self.epoll, room, timeout.as_ref());
-        self.is_calm = self.events.len() <= 1;
+        self.told = self.events.len();
         match waited {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error),
@@ -232,7 +238,12 @@ impl<T: Copy> Poller<T> {
     /// Whether the last wait told of one event at most: nothing else had happened to what is watched,
     /// and that was a moment ago.
     pub fn is_calm(&self) -> bool {
-        self.is_calm
+        self.told <= 1
+    }
+
+    /// Whether the last wait told of nothing.
+    pub fn is_quiet(&self) -> bool {
+        self.told == 0
     }
 
     /// The events of the last wait, one by one; those without a target are passed over.

@@ -241,6 +241,9 @@ pub const TURN_CREDIT_BYTES: i64 = 8 * KIB as i64;
 /// is done for one, but much more would make large messages as good as free.
 pub const MESSAGE_COST_BYTES: usize = 128;
 
+/// How long answers wait for replies to be told with, while there is other work: some turns.
+pub const ANSWER_HOLD: Duration = Duration::from_micros(500);
+
 /// Clients accepted in a row before others have their turn.
 pub const ACCEPTS_MAX: usize = 64;
 

@@ -331,7 +331,7 @@ impl Shard {
 
     fn timeout(&mut self) -> Option<Duration> {
         let has_work = self.upstreams.settle();
-        if has_work || self.sources.ready_count() > 0 {
+        if has_work || self.sources.ready_count() > 0 || self.sources.has_held_answers() {
             return Some(Duration::ZERO);
         }
         let drain = match self.phase {
@@ -536,7 +536,7 @@ impl Shard {
             }
             // A run that took nothing kept nobody waiting.
             busy_runs += usize::from(is_busy && bytes > 0);
-            self.sources.make_due(id);
+            self.sources.answer(self.now, id);
             self.sources.schedule(id);
             for order in std::mem::take(&mut self.orders) {
                 self.carry_out(order);
@@ -572,6 +572,9 @@ impl Shard {
     }
 
     fn tell_sources(&mut self) {
+        if self.poller.is_quiet() || self.sources.must_answer(self.now) {
+            self.sources.release_answers();
+        }
         // The end of one source may be news for another.
         while let Some(id) = self.sources.pop_due() {
             if self.sources.pump(id) {
@@ -627,7 +630,10 @@ impl Shard {
         if let Some(ring) = source.ring.take() {
             self.poller.unwatch(ring.doorbell(), source.doorbell);
         }
-        self.poller.unwatch(&source.io, source.token);
+        match source.io.closes_at_once() {
+            true => self.poller.forget(source.token),
+            false => self.poller.unwatch(&source.io, source.token),
+        }
         if let Some((pidfd, token)) = self.pidfds.remove(id) {
             self.poller.unwatch(&pidfd, token);
         }

@@ -16,7 +16,7 @@ use serde::Serialize;
 use slotmap::SlotMap;
 
 use crate::buffer::ReceiveBuffer;
-use crate::config::{RECEIVE_BYTES, STARVED_PAUSE};
+use crate::config::{ANSWER_HOLD, RECEIVE_BYTES, STARVED_PAUSE};
 use crate::credit::Credit;
 use crate::ids::{RequestId, SourceId};
 use crate::inflight::Owner;
@@ -101,6 +101,15 @@ impl Source {
         received + self.io.stream().map_or(0, |stream| stream.pending_bytes())
     }
 
+    /// Whether answers are there for it, and replies under way, and nothing that matters more.
+    fn awaits_replies_alone(&self) -> bool {
+        self.ended.is_none()
+            && self.ring.is_none()
+            && !self.is_due
+            && self.session.in_flight() > 0
+            && self.io.stream().is_some_and(|stream| stream.pending_bytes() > 0)
+    }
+
     fn make_due(&mut self, id: SourceId, due: &mut VecDeque<SourceId>) {
         if !self.is_due {
             self.is_due = true;
@@ -180,6 +189,10 @@ pub struct Sources {
     /// Ready, having had more than a run.
     busy: VecDeque<SourceId>,
     due: VecDeque<SourceId>,
+    /// Answered, and waiting for replies to be told with.
+    held_answers: Vec<SourceId>,
+    /// Until when the first of them waits; some, if there are any.
+    held_until: Option<Time>,
     /// Those whose sockets took no more.
     pub full: Vec<SourceId>,
     starved: Vec<SourceId>,
@@ -199,6 +212,8 @@ impl Sources {
             fresh: VecDeque::new(),
             busy: VecDeque::new(),
             due: VecDeque::new(),
+            held_answers: Vec::new(),
+            held_until: None,
             full: Vec::new(),
             starved: Vec::new(),
             starved_until: None,
@@ -287,6 +302,37 @@ impl Sources {
             source.is_ready = false;
         }
         Some((id, is_busy))
+    }
+
+    /// A source had its run. What it is to be told of that waits for the replies to what it asked: a
+    /// client that says hello, opens and asks in one breath is told everything by one write. No
+    /// longer than [`ANSWER_HOLD`], and not while there is nothing else to do.
+    pub fn answer(&mut self, now: Time, id: SourceId) {
+        let Some(source) = self.table.get_mut(id) else { return };
+        if source.awaits_replies_alone() {
+            self.held_answers.push(id);
+            self.held_until.get_or_insert(now + ANSWER_HOLD);
+        } else {
+            source.make_due(id, &mut self.due);
+        }
+    }
+
+    /// Whether somebody waits to be answered.
+    pub fn has_held_answers(&self) -> bool {
+        self.held_until.is_some()
+    }
+
+    /// Whether somebody has waited long enough.
+    pub fn must_answer(&self, now: Time) -> bool {
+        self.held_until.is_some_and(|until| until <= now)
+    }
+
+    /// Tells those who wait this turn.
+    pub fn release_answers(&mut self) {
+        self.held_until = None;
+        for id in std::mem::take(&mut self.held_answers) {
+            self.make_due(id);
+        }
     }
 
     /// Makes sure that `pump` looks at a source this turn.

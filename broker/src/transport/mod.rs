@@ -94,6 +94,14 @@ impl Io {
         }
     }
 
+    /// Whether [`Io::into_closing`] closes it for certain.
+    pub fn closes_at_once(&self) -> bool {
+        match self {
+            Io::Unix(socket) | Io::Socketpair(socket) => socket.is_at_end(),
+            Io::Fifo(_) | Io::Pipe(_) => false,
+        }
+    }
+
     /// Ends the medium for its other side at once, and gives what closing can block on: every
     /// descriptor that a client made, and the sockets that may still hold some unread. A FIFO is
     /// closed here.

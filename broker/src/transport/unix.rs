@@ -63,11 +63,13 @@ pub struct UnixSocket {
     /// The stream.
     pub stream: Stream,
     descriptors: VecDeque<OwnedFd>,
+    /// Read to its end: nothing stands in it, and nothing more comes.
+    is_at_end: bool,
 }
 
 impl UnixSocket {
     fn new(socket: OwnedFd) -> Self {
-        UnixSocket { stream: Stream::new(socket), descriptors: VecDeque::new() }
+        UnixSocket { stream: Stream::new(socket), descriptors: VecDeque::new(), is_at_end: false }
     }
 
     /// A passed end of a socketpair. Refused unless it is an unnamed Unix stream: a client's own
@@ -109,7 +111,10 @@ impl UnixSocket {
                 }
                 match Read::of(Ok(received.bytes), len, buffer) {
                     Read::Bytes { more } => Read::Bytes { more: more || stopped },
-                    read => read,
+                    read => {
+                        self.is_at_end = read == Read::End;
+                        read
+                    }
                 }
             }
             Err(error) => {
@@ -124,13 +129,21 @@ impl UnixSocket {
         self.descriptors.len()
     }
 
-    /// Shuts the socket down, and gives what has to be closed elsewhere: the descriptors that came,
-    /// and the socket itself if it still holds bytes, since others may have come with those.
+    /// Whether it was read to its end, so that [`UnixSocket::into_closing`] closes it.
+    pub fn is_at_end(&self) -> bool {
+        self.is_at_end
+    }
+
+    /// Ends the socket, and gives what has to be closed elsewhere: the descriptors that came, and
+    /// the socket itself if it still holds bytes, since others may have come with those.
     pub fn into_closing(self) -> Vec<OwnedFd> {
         let socket = self.stream.socket;
+        let mut descriptors = Vec::from(self.descriptors);
+        if self.is_at_end {
+            return descriptors;
+        }
         // From here on nothing more comes.
         let _ = shutdown(&socket, Shutdown::Both);
-        let mut descriptors = Vec::from(self.descriptors);
         if ioctl_fionread(&socket) != Ok(0) {
             descriptors.push(socket);
         }
