@@ -73,6 +73,8 @@ enum Command {
     #[command(hide = true)]
     BenchSink(bench::BenchSink),
     #[command(hide = true)]
+    BenchBare(bench::BenchBare),
+    #[command(hide = true)]
     BenchEcho(bench::BenchEcho),
     #[command(hide = true)]
     BenchSessions(bench::BenchSessions),
@@ -112,6 +114,7 @@ impl Arguments {
             Command::Bench(bench) => bench.run(),
             Command::BenchLoad(load) => load.run(),
             Command::BenchSink(sink) => sink.run(),
+            Command::BenchBare(bare) => bare.run(),
             Command::BenchEcho(echo) => echo.run(),
             Command::BenchSessions(sessions) => sessions.run(),
             Command::BenchPeer(peer) => peer.run(),

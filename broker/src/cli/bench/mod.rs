@@ -9,6 +9,7 @@
 
 mod arena;
 mod backends;
+mod bare;
 mod clock;
 mod echo;
 mod helper;
@@ -28,6 +29,7 @@ mod stage;
 use clap::{Args, Subcommand};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
+pub use self::bare::BenchBare;
 pub use self::echo::BenchEcho;
 pub use self::load::BenchLoad;
 pub use self::peer::BenchPeer;

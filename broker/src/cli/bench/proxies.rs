@@ -1,6 +1,7 @@
 //! What others put between clients and a backend, for `bench requests`: haproxy and nginx pass a
-//! stream on, nutcracker (twemproxy) shares one connection to a Redis. Each listens on a Unix socket,
-//! like our broker, with one thread.
+//! stream on, nutcracker (twemproxy) shares one connection to a Redis; `bare` shares one, too, and
+//! does nothing else ([`super::bare`]). Each listens on a Unix socket, like our broker, with one
+//! thread.
 
 use std::fs::{self, File};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
@@ -26,26 +27,37 @@ const STREAM_MODULES: [&str; 2] = [
 /// A program that passes requests on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Proxy {
+    Bare,
     Haproxy,
     Nginx,
     Nutcracker,
 }
 
 impl Proxy {
-    pub const ALL: [Proxy; 3] = [Proxy::Haproxy, Proxy::Nginx, Proxy::Nutcracker];
+    pub const ALL: [Proxy; 4] = [Proxy::Bare, Proxy::Haproxy, Proxy::Nginx, Proxy::Nutcracker];
 
     /// The name of the program.
     pub const fn name(self) -> &'static str {
         match self {
+            Proxy::Bare => "bare",
             Proxy::Haproxy => "haproxy",
             Proxy::Nginx => "nginx",
             Proxy::Nutcracker => "nutcracker",
         }
     }
 
+    /// The program, if it is installed.
+    fn program(self) -> Option<PathBuf> {
+        match self {
+            Proxy::Bare => std::env::current_exe().ok(),
+            Proxy::Haproxy | Proxy::Nginx | Proxy::Nutcracker => installed(self.name()),
+        }
+    }
+
     fn configuration(self, socket: &Path, home: &Path, backend: SocketAddr) -> String {
         let (socket, home) = (socket.display(), home.display());
         match self {
+            Proxy::Bare => String::new(),
             Proxy::Haproxy => format!(
                 "global\n  nbthread 1\n  maxconn 4000\ndefaults\n  mode tcp\n  maxconn 4000\n  \
                  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n\
@@ -68,9 +80,16 @@ impl Proxy {
         }
     }
 
-    fn arguments(self, file: &Path) -> Result<Vec<String>, CommandError> {
+    fn arguments(
+        self,
+        file: &Path,
+        socket: &Path,
+        backend: SocketAddr,
+    ) -> Result<Vec<String>, CommandError> {
         let file = file.display().to_string();
+        let (socket, backend) = (socket.display().to_string(), backend.to_string());
         let words: &[&str] = match self {
+            Proxy::Bare => &["bench-bare", &socket, &backend],
             Proxy::Haproxy => &["-db", "-f", &file],
             Proxy::Nginx => &["-c", &file],
             Proxy::Nutcracker => {
@@ -140,13 +159,14 @@ pub fn start(
     name: &str,
     backend: SocketAddr,
 ) -> Result<Option<(Server, PathBuf)>, CommandError> {
-    let Some(program) = installed(proxy.name()) else { return Ok(None) };
+    let Some(program) = proxy.program() else { return Ok(None) };
     let name = format!("{}-{name}", proxy.name());
     let (socket, file) = (home.join(format!("{name}.sock")), home.join(format!("{name}.conf")));
     let failed = |error| CommandError::failed(format!("{}: {error}", file.display()));
     fs::write(&file, proxy.configuration(&socket, home, backend)).map_err(failed)?;
     let log = home.join(format!("{name}.log"));
-    let mut server = Server::start(&program, &proxy.arguments(&file)?, &log)?;
+    let arguments = proxy.arguments(&file, &socket, backend)?;
+    let mut server = Server::start(&program, &arguments, &log)?;
     let start = Instant::now();
     while UnixStream::connect(&socket).is_err() {
         let ended = server.child.try_wait().ok().flatten();

@@ -27,7 +27,8 @@ use crate::config::{
 /// connections the backend had at one time.
 ///
 /// Paths: direct (TCP), unix and ring (this broker, at most 8 connections), haproxy, nginx and
-/// nutcracker where they are installed, by Unix sockets. Shapes: clients=N, each with one request at a
+/// nutcracker where they are installed, by Unix sockets, and bare: a relay over one connection that
+/// checks, bounds and counts nothing, the least that can stand between. Shapes: clients=N, each with one request at a
 /// time; depth=N with several; short (connect, one request, close); burst (15,000 of these); one-core
 /// (everything on one processor);
 /// acquire (no request: connect and close, or leased: borrow and give back).
@@ -112,17 +113,18 @@ struct Scene {
     ways: &'static [Way],
 }
 
+const BARE: Way = Way::By(Proxy::Bare);
 const HAPROXY: Way = Way::By(Proxy::Haproxy);
 const NGINX: Way = Way::By(Proxy::Nginx);
 const NUTCRACKER: Way = Way::By(Proxy::Nutcracker);
 
-const ALL_ECHO: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, HAPROXY, NGINX];
-const ALL_REDIS: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, HAPROXY, NUTCRACKER];
-const ONE_CORE: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, Way::Leased, HAPROXY, NGINX];
+const ALL_ECHO: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, BARE, HAPROXY, NGINX];
+const ALL_REDIS: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, BARE, HAPROXY, NUTCRACKER];
+const ONE_CORE: &[Way] = &[Way::Direct, Way::Unix, Way::Ring, Way::Leased, BARE, HAPROXY, NGINX];
 const LEASE: &[Way] = &[Way::Direct, Way::Leased];
 /// A ring is more than one request is worth.
-const SHORT_ECHO: &[Way] = &[Way::Direct, Way::Unix, HAPROXY, NGINX];
-const SHORT_REDIS: &[Way] = &[Way::Direct, Way::Unix, HAPROXY, NUTCRACKER];
+const SHORT_ECHO: &[Way] = &[Way::Direct, Way::Unix, BARE, HAPROXY, NGINX];
+const SHORT_REDIS: &[Way] = &[Way::Direct, Way::Unix, BARE, HAPROXY, NUTCRACKER];
 
 impl Scene {
     fn new(talk: Talk, clients: usize) -> Self {
