@@ -4,9 +4,9 @@
 //! closed session cannot leak quota. Limits are per uid. Sessions are also bounded in total: one
 //! user may have all of them while alone, and 1/n of them while n users are present.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 
 /// What is charged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,41 +35,30 @@ pub struct QuotaLimits {
 }
 
 /// The accounts of all users.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Quotas {
-    book: Rc<RefCell<Book>>,
+    book: Rc<Book>,
 }
 
 #[derive(Debug)]
 struct Book {
     limits: QuotaLimits,
-    /// A host has few users, and every message is charged.
-    accounts: BTreeMap<u32, Account>,
+    accounts: RefCell<BTreeMap<u32, Weak<Holdings>>>,
+    /// Sessions of all users.
+    sessions: Cell<usize>,
+    /// Users that have any.
+    users: Cell<usize>,
 }
 
-#[derive(Debug, Default)]
-struct Account {
-    sessions: usize,
-    queued_bytes: usize,
-    descriptors: usize,
-    ring_bytes: usize,
-}
-
-impl Account {
-    fn held(&mut self, resource: Resource) -> &mut usize {
-        match resource {
-            Resource::Sessions => &mut self.sessions,
-            Resource::QueuedBytes => &mut self.queued_bytes,
-            Resource::Descriptors => &mut self.descriptors,
-            Resource::RingBytes => &mut self.ring_bytes,
-        }
-    }
-
-    fn is_empty(&self) -> bool {
-        let Account { sessions, queued_bytes, descriptors, ring_bytes } = self;
-        // One by one: read as a block they would have to wait for the write before.
-        *sessions == 0 && *queued_bytes == 0 && *descriptors == 0 && *ring_bytes == 0
-    }
+/// What one user holds; forgotten with its last charge and account.
+#[derive(Debug)]
+struct Holdings {
+    book: Rc<Book>,
+    uid: u32,
+    sessions: Cell<usize>,
+    queued_bytes: Cell<usize>,
+    descriptors: Cell<usize>,
+    ring_bytes: Cell<usize>,
 }
 
 /// A quota is used up.
@@ -82,64 +71,99 @@ pub struct Exceeded {
 impl Quotas {
     /// Empty accounts under these limits.
     pub fn new(limits: QuotaLimits) -> Self {
-        Quotas { book: Rc::new(RefCell::new(Book { limits, accounts: BTreeMap::new() })) }
+        let (accounts, sessions, users) = Default::default();
+        Quotas { book: Rc::new(Book { limits, accounts, sessions, users }) }
     }
 
-    /// Charges `amount` of `resource` to `uid`.
-    pub fn charge(&self, uid: u32, resource: Resource, amount: usize) -> Result<Charge, Exceeded> {
-        self.book.borrow_mut().grow(uid, resource, amount)?;
-        Ok(Charge { quotas: self.clone(), uid, resource, amount })
+    /// The account of a user.
+    pub fn account(&self, uid: u32) -> Account {
+        let mut accounts = self.book.accounts.borrow_mut();
+        if let Some(held) = accounts.get(&uid).and_then(Weak::upgrade) {
+            return Account { held };
+        }
+        let held = Rc::new(Holdings {
+            book: Rc::clone(&self.book),
+            uid,
+            sessions: Cell::default(),
+            queued_bytes: Cell::default(),
+            descriptors: Cell::default(),
+            ring_bytes: Cell::default(),
+        });
+        accounts.insert(uid, Rc::downgrade(&held));
+        Account { held }
     }
 }
 
-impl Book {
-    fn limit(&self, uid: u32, resource: Resource) -> usize {
+/// Where a user's charges are made: found once, not for each of them.
+#[derive(Debug, Clone)]
+pub struct Account {
+    held: Rc<Holdings>,
+}
+
+impl Account {
+    /// Charges `amount` of `resource`.
+    pub fn charge(&self, resource: Resource, amount: usize) -> Result<Charge, Exceeded> {
+        let mut charge = Charge { account: self.clone(), resource, amount: 0 };
+        charge.resize(amount)?;
+        Ok(charge)
+    }
+}
+
+impl Holdings {
+    fn held(&self, resource: Resource) -> &Cell<usize> {
         match resource {
-            Resource::Sessions => {
-                let others = self.accounts.iter();
-                let others = others.filter(|(other, held)| **other != uid && held.sessions > 0);
-                self.limits.sessions_max / (others.count() + 1)
-            }
-            Resource::QueuedBytes => self.limits.queued_bytes_max,
-            Resource::Descriptors => self.limits.descriptors_max,
-            Resource::RingBytes => self.limits.ring_bytes_max,
+            Resource::Sessions => &self.sessions,
+            Resource::QueuedBytes => &self.queued_bytes,
+            Resource::Descriptors => &self.descriptors,
+            Resource::RingBytes => &self.ring_bytes,
         }
     }
 
-    fn grow(&mut self, uid: u32, resource: Resource, more: usize) -> Result<(), Exceeded> {
-        if more == 0 {
-            return Ok(());
+    fn limit(&self, resource: Resource) -> usize {
+        let limits = &self.book.limits;
+        match resource {
+            Resource::Sessions => {
+                let others = self.book.users.get() - usize::from(self.sessions.get() > 0);
+                limits.sessions_max / (others + 1)
+            }
+            Resource::QueuedBytes => limits.queued_bytes_max,
+            Resource::Descriptors => limits.descriptors_max,
+            Resource::RingBytes => limits.ring_bytes_max,
         }
-        let limit = self.limit(uid, resource);
-        let full =
-            resource == Resource::Sessions && self.sessions() + more > self.limits.sessions_max;
-        let held = self.accounts.get_mut(&uid).map_or(0, |account| *account.held(resource));
-        if full || held + more > limit {
+    }
+
+    fn grow(&self, resource: Resource, more: usize) -> Result<(), Exceeded> {
+        let limit = self.limit(resource);
+        let after = self.held(resource).get() + more;
+        let full = resource == Resource::Sessions
+            && self.book.sessions.get() + more > self.book.limits.sessions_max;
+        if full || after > limit {
             return Err(Exceeded { limit });
         }
-        *self.accounts.entry(uid).or_default().held(resource) += more;
+        self.set(resource, after);
         Ok(())
     }
 
-    fn shrink(&mut self, uid: u32, resource: Resource, less: usize) {
-        if let Some(account) = self.accounts.get_mut(&uid) {
-            *account.held(resource) -= less;
-            if account.is_empty() {
-                self.accounts.remove(&uid);
-            }
+    fn set(&self, resource: Resource, after: usize) {
+        let before = self.held(resource).replace(after);
+        if resource == Resource::Sessions {
+            let Book { sessions, users, .. } = &*self.book;
+            sessions.set(sessions.get() - before + after);
+            users.set(users.get() - usize::from(before > 0) + usize::from(after > 0));
         }
     }
+}
 
-    fn sessions(&self) -> usize {
-        self.accounts.values().map(|account| account.sessions).sum()
+impl Drop for Holdings {
+    fn drop(&mut self) {
+        self.book.accounts.borrow_mut().remove(&self.uid);
     }
 }
 
 /// The right to hold something; released when dropped.
 #[derive(Debug)]
 pub struct Charge {
-    quotas: Quotas,
-    uid: u32,
+    account: Account,
     resource: Resource,
     amount: usize,
 }
@@ -151,11 +175,13 @@ impl Charge {
     }
 
     /// Holds `amount` from now on. Shrinking always succeeds; when growing fails nothing changes.
+    #[inline]
     pub fn resize(&mut self, amount: usize) -> Result<(), Exceeded> {
-        let mut book = self.quotas.book.borrow_mut();
-        match amount.checked_sub(self.amount) {
-            Some(more) => book.grow(self.uid, self.resource, more)?,
-            None => book.shrink(self.uid, self.resource, self.amount - amount),
+        if amount > self.amount {
+            self.account.held.grow(self.resource, amount - self.amount)?;
+        } else if amount < self.amount {
+            let held = &self.account.held;
+            held.set(self.resource, held.held(self.resource).get() - (self.amount - amount));
         }
         self.amount = amount;
         Ok(())
@@ -187,23 +213,29 @@ mod tests {
     fn one_user_may_have_all_while_alone_and_a_share_beside_another() {
         let quotas = quotas();
         let mut held: Vec<_> =
-            (0..10).map(|_| quotas.charge(1, Resource::Sessions, 1).unwrap()).collect();
-        assert_eq!(quotas.charge(1, Resource::Sessions, 1).unwrap_err(), Exceeded { limit: 10 });
-        assert!(quotas.charge(2, Resource::Sessions, 1).is_err(), "nothing is left");
+            (0..10).map(|_| quotas.account(1).charge(Resource::Sessions, 1).unwrap()).collect();
+        assert_eq!(
+            quotas.account(1).charge(Resource::Sessions, 1).unwrap_err(),
+            Exceeded { limit: 10 }
+        );
+        assert!(quotas.account(2).charge(Resource::Sessions, 1).is_err(), "nothing is left");
         held.truncate(8);
-        let _other = quotas.charge(2, Resource::Sessions, 1).unwrap();
-        assert_eq!(quotas.charge(1, Resource::Sessions, 1).unwrap_err(), Exceeded { limit: 5 });
+        let _other = quotas.account(2).charge(Resource::Sessions, 1).unwrap();
+        assert_eq!(
+            quotas.account(1).charge(Resource::Sessions, 1).unwrap_err(),
+            Exceeded { limit: 5 }
+        );
     }
 
     #[test]
     fn a_charge_that_cannot_grow_keeps_what_it_has() {
         let quotas = quotas();
-        let mut charge = quotas.charge(7, Resource::QueuedBytes, 60).unwrap();
+        let mut charge = quotas.account(7).charge(Resource::QueuedBytes, 60).unwrap();
         assert!(charge.resize(101).is_err());
-        assert!(quotas.charge(7, Resource::QueuedBytes, 41).is_err());
-        assert!(quotas.charge(7, Resource::QueuedBytes, 40).is_ok());
+        assert!(quotas.account(7).charge(Resource::QueuedBytes, 41).is_err());
+        assert!(quotas.account(7).charge(Resource::QueuedBytes, 40).is_ok());
         charge.resize(10).unwrap();
-        assert!(quotas.charge(7, Resource::QueuedBytes, 90).is_ok());
+        assert!(quotas.account(7).charge(Resource::QueuedBytes, 90).is_ok());
     }
 
     proptest! {
@@ -214,7 +246,7 @@ mod tests {
             for (uid, amount) in ops {
                 let mine: usize =
                     held.iter().filter(|(owner, ..)| *owner == uid).map(|(_, n, _)| n).sum();
-                match quotas.charge(uid, Resource::Descriptors, amount) {
+                match quotas.account(uid).charge(Resource::Descriptors, amount) {
                     Ok(charge) => {
                         prop_assert!(mine + amount <= 4);
                         held.push((uid, amount, charge));
@@ -226,7 +258,7 @@ mod tests {
                 }
             }
             drop(held);
-            prop_assert!(quotas.book.borrow().accounts.is_empty());
+            prop_assert!(quotas.book.accounts.borrow().is_empty());
         }
     }
 }

@@ -10,7 +10,7 @@
 //! one ledger per opened upstream, and knows which of its requests are in flight so that they can
 //! be cancelled when it ends. Pure: see [`crate::pool`] for the contract.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use poolbroker_proto::frame;
@@ -127,8 +127,8 @@ pub struct Session {
     limits: SessionLimits,
     phase: Phase,
     handles: Vec<Handle>,
-    /// By correlation; most sessions have one at a time.
-    in_flight: BTreeMap<u64, (usize, RequestId)>,
+    /// By correlation, which mostly counts up, as the oldest mostly ends first.
+    in_flight: VecDeque<(u64, usize, RequestId)>,
     unfinished_deadline: Option<Time>,
     refused: Tally,
     actions: VecDeque<Action>,
@@ -162,7 +162,7 @@ impl Session {
             limits,
             phase,
             handles: Vec::new(),
-            in_flight: BTreeMap::new(),
+            in_flight: VecDeque::new(),
             unfinished_deadline: None,
             refused: Tally::default(),
             actions: VecDeque::new(),
@@ -193,7 +193,7 @@ impl Session {
 
     /// The requests in flight, to be cancelled when the session ends.
     pub fn requests(&self) -> impl Iterator<Item = (usize, RequestId)> {
-        self.in_flight.values().copied()
+        self.in_flight.iter().map(|(_, upstream, request)| (*upstream, *request))
     }
 
     /// One-way messages accepted from it.
@@ -276,7 +276,7 @@ impl Session {
 
     /// Whether one more request may be made under this id.
     pub fn check_request(&self, correlation: u64) -> Result<(), Reason> {
-        if self.in_flight.contains_key(&correlation) {
+        if self.place_of(correlation).is_ok() {
             Err(Reason::DuplicateId)
         } else if self.in_flight.len() >= self.limits.requests_in_flight_max {
             Err(Reason::Quota)
@@ -287,7 +287,19 @@ impl Session {
 
     /// Records that a checked request is in flight.
     pub fn start_request(&mut self, correlation: u64, upstream: usize, request: RequestId) {
-        self.in_flight.insert(correlation, (upstream, request));
+        let place = self.place_of(correlation).unwrap_or_else(|place| place);
+        match place == self.in_flight.len() {
+            true => self.in_flight.push_back((correlation, upstream, request)),
+            false => self.in_flight.insert(place, (correlation, upstream, request)),
+        }
+    }
+
+    /// Where a request in flight is, or would be.
+    fn place_of(&self, correlation: u64) -> Result<usize, usize> {
+        match self.in_flight.back() {
+            Some((last, ..)) if *last < correlation => Err(self.in_flight.len()),
+            _ => self.in_flight.binary_search_by_key(&correlation, |(id, ..)| *id),
+        }
     }
 
     /// Asks to be told when everything sent so far on `handle` has its outcome.
@@ -360,7 +372,11 @@ impl Session {
 
     /// A request has its end.
     pub fn handle_answered(&mut self, correlation: u64) {
-        self.in_flight.remove(&correlation);
+        if self.in_flight.front().is_some_and(|(first, ..)| *first == correlation) {
+            self.in_flight.pop_front();
+        } else if let Ok(place) = self.place_of(correlation) {
+            self.in_flight.remove(place);
+        }
     }
 
     /// After each read: what the session has begun and not finished. Every new byte starts the

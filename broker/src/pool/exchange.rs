@@ -125,7 +125,9 @@ impl Pool {
         let is_open = record.state == State::InUse && record.retiring.is_none();
         let has_room = is_open && has_room;
         match (record.is_listed, has_room) {
-            (true, true) if self.with_room.front() == Some(&conn) => self.with_room.rotate_left(1),
+            (true, true) if self.with_room.len() > 1 && self.with_room.front() == Some(&conn) => {
+                self.with_room.rotate_left(1);
+            }
             (true, false) => self.with_room.retain(|listed| *listed != conn),
             (false, true) => self.with_room.push_back(conn),
             (true, true) | (false, false) => {}

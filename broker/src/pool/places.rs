@@ -9,6 +9,7 @@ use poolbroker_proto::address::Protocol;
 use poolbroker_proto::reason::Reason;
 
 use super::exchange::key;
+use super::one_way::Lane;
 use super::{Action, Conn, Pool, Role, State, Timer};
 use crate::balance::Pick;
 use crate::ids::{ConnId, RequestId};
@@ -29,8 +30,23 @@ impl Pool {
         self.settings.limits.connections_max
     }
 
+    /// Whether nobody waits for a connection, and as many are warm as should be.
+    fn has_connections(&self) -> bool {
+        let is_warm =
+            self.closing_down || self.places.exchange >= self.settings.limits.connections_min;
+        is_warm
+            && self.settings.protocol != Protocol::UdpWriteOnly
+            && self.waiters.is_empty()
+            && self.lendable() == 0
+            && !self.lanes.iter().any(Lane::wants_connection)
+    }
+
     /// Starts the connects that are wanted and allowed.
     pub(super) fn want_connections(&mut self, now: Time) {
+        // Mostly: every reply asks.
+        if self.has_connections() {
+            return;
+        }
         for lane in 0..self.lanes.len() {
             if !self.lanes[lane].wants_connection() {
                 continue;

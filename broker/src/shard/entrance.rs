@@ -19,7 +19,7 @@ use crate::config::RECEIVE_BYTES;
 use crate::credit::Credit;
 use crate::ids::SourceId;
 use crate::poller::Token;
-use crate::quota::Resource;
+use crate::quota::{Account, Resource};
 use crate::session::{Peer, Session, SessionLimits, Transport};
 use crate::transport::Io;
 use crate::transport::pipe::Pipe;
@@ -68,7 +68,8 @@ impl Shard {
     }
 
     fn add_client(&mut self, mut io: Io, peer: Peer) {
-        let charge = match self.quotas.charge(peer.uid, Resource::Sessions, 1) {
+        let account = self.quotas.account(peer.uid);
+        let charge = match account.charge(Resource::Sessions, 1) {
             Ok(charge) => charge,
             Err(exceeded) => {
                 self.listener.refused.add(Reason::Quota, 1);
@@ -89,10 +90,10 @@ impl Shard {
         let session = Session::connected(self.now, id, peer, self.session_limits());
         let source = Source {
             _session_charge: Some(charge),
-            buffer_charge: self.quotas.charge(peer.uid, Resource::QueuedBytes, 0).ok(),
-            reply_charge: self.quotas.charge(peer.uid, Resource::QueuedBytes, 0).ok(),
-            descriptor_charge: self.quotas.charge(peer.uid, Resource::Descriptors, 0).ok(),
-            ..self.new_source(session, io, None, Framing::Raw)
+            buffer_charge: account.charge(Resource::QueuedBytes, 0).ok(),
+            reply_charge: account.charge(Resource::QueuedBytes, 0).ok(),
+            descriptor_charge: account.charge(Resource::Descriptors, 0).ok(),
+            ..new_source(session, account, io, None, Framing::Raw)
         };
         self.listener.accepted += 1;
         if let Err((error, _)) = self.add_source(source) {
@@ -108,50 +109,11 @@ impl Shard {
         let record_max = self.limits.fifo_record_bytes_max - fifo.framing.overhead_bytes();
         let message_max = self.upstreams[fifo.upstream].config.limits.message_bytes_max;
         let cutter = Cutter::new(fifo.framing, record_max.min(message_max));
-        let source = self.new_source(session, Io::Fifo(fifo.fd), Some(cutter), fifo.framing);
+        let account = self.quotas.account(peer.uid);
+        let source = new_source(session, account, Io::Fifo(fifo.fd), Some(cutter), fifo.framing);
         let id = self.add_source(source).map_err(|(error, _)| error)?;
         self.fifo_paths.push((id, fifo.path));
         Ok(())
-    }
-
-    fn new_source(
-        &self,
-        session: Session,
-        io: Io,
-        cutter: Option<Cutter>,
-        framing: Framing,
-    ) -> Source {
-        Source {
-            session,
-            io,
-            token: Token::default(),
-            buffer: None,
-            cutter,
-            framing,
-            is_readable: true,
-            is_ending: false,
-            is_hung_up: false,
-            credit: Credit::default(),
-            waits_for_room: false,
-            is_ready: false,
-            is_due: false,
-            is_blocked: false,
-            is_held: false,
-            awaits_reply: false,
-            ended: None,
-            parent: None,
-            children: 0,
-            _session_charge: None,
-            buffer_charge: None,
-            reply_charge: None,
-            descriptor_charge: None,
-            scheduled_at: None,
-            ring: None,
-            doorbell: Token::default(),
-            ring_charges: Vec::new(),
-            ring_ends: None,
-            pace: None,
-        }
     }
 
     fn add_source(&mut self, source: Source) -> Result<SourceId, (Errno, Box<Source>)> {
@@ -247,10 +209,9 @@ impl Shard {
                 return Err(Reason::ShuttingDown);
             }
         };
-        let charges = (
-            self.quotas.charge(peer.uid, Resource::Sessions, 1),
-            self.quotas.charge(peer.uid, Resource::QueuedBytes, 0),
-        );
+        let account = self.quotas.account(peer.uid);
+        let charges =
+            (account.charge(Resource::Sessions, 1), account.charge(Resource::QueuedBytes, 0));
         let (Ok(session_charge), Ok(buffer_charge)) = charges else {
             self.closer.close(descriptor);
             return Err(Reason::Quota);
@@ -283,8 +244,8 @@ impl Shard {
             parent: Some(parent),
             _session_charge: Some(session_charge),
             buffer_charge: Some(buffer_charge),
-            reply_charge: self.quotas.charge(peer.uid, Resource::QueuedBytes, 0).ok(),
-            ..self.new_source(session, io, Some(cutter), framing)
+            reply_charge: account.charge(Resource::QueuedBytes, 0).ok(),
+            ..new_source(session, account, io, Some(cutter), framing)
         };
         match self.add_source(source) {
             Ok(_) => {
@@ -331,6 +292,47 @@ impl Shard {
             self.sources.make_ready(id);
             self.sources.make_due(id);
         }
+    }
+}
+
+fn new_source(
+    session: Session,
+    account: Account,
+    io: Io,
+    cutter: Option<Cutter>,
+    framing: Framing,
+) -> Source {
+    Source {
+        session,
+        account,
+        io,
+        token: Token::default(),
+        buffer: None,
+        cutter,
+        framing,
+        is_readable: true,
+        is_ending: false,
+        is_hung_up: false,
+        credit: Credit::default(),
+        waits_for_room: false,
+        is_ready: false,
+        is_due: false,
+        is_blocked: false,
+        is_held: false,
+        awaits_reply: false,
+        ended: None,
+        parent: None,
+        children: 0,
+        _session_charge: None,
+        buffer_charge: None,
+        reply_charge: None,
+        descriptor_charge: None,
+        scheduled_at: None,
+        ring: None,
+        doorbell: Token::default(),
+        ring_charges: Vec::new(),
+        ring_ends: None,
+        pace: None,
     }
 }
 

@@ -25,7 +25,7 @@ use crate::config::{
 };
 use crate::ids::SourceId;
 use crate::inflight::Owner;
-use crate::quota::{Quotas, Resource};
+use crate::quota::Resource;
 use crate::session::{Session, Unfinished};
 use crate::timers::Time;
 use crate::transport::{Io, Read};
@@ -39,8 +39,6 @@ pub struct Desk<'a> {
     pub upstreams: &'a mut Upstreams,
     /// Receive buffers.
     pub spares: &'a mut Spares,
-    /// What each user holds.
-    pub quotas: &'a Quotas,
     /// Limits of the broker.
     pub limits: &'a BrokerLimits,
     /// What may be opened by URL.
@@ -55,6 +53,15 @@ pub struct Desk<'a> {
     pub scratch: &'a mut Vec<u8>,
     /// The broker is shutting down.
     pub is_draining: bool,
+}
+
+impl Desk<'_> {
+    /// An upstream was given something to do.
+    fn touch(&mut self, upstream: usize) {
+        if self.touched.last() != Some(&upstream) {
+            self.touched.push(upstream);
+        }
+    }
 }
 
 /// What a source asks that only the shard can do.
@@ -443,7 +450,7 @@ fn accept(desk: &mut Desk<'_>, session: &mut Session, id: SourceId, taken: &mut 
         for upstream in copies.unwrap_or(upstream..upstream + 1) {
             let messages = desk.upstreams[upstream].accept(desk.now, id);
             session.handle_accepted(run.handle, messages);
-            desk.touched.push(upstream);
+            desk.touch(upstream);
         }
     }
 }
@@ -651,8 +658,7 @@ fn handle_request(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, frame:
         return refuse(source, reason, text);
     }
     let timeout = timeout_of(frame.header);
-    let uid = source.session.peer.uid;
-    let Ok(charge) = desk.quotas.charge(uid, Resource::QueuedBytes, frame.body.len()) else {
+    let Ok(charge) = source.account.charge(Resource::QueuedBytes, frame.body.len()) else {
         let text = format!("{}: queued_bytes_max_per_uid", Reason::Quota);
         return refuse(source, Reason::Quota, text);
     };
@@ -661,7 +667,7 @@ fn handle_request(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, frame:
         Ok(request) => source.session.start_request(correlation, upstream, request),
         Err(failure) => source.tell_control(Kind::Failure, correlation, &failure),
     }
-    desk.touched.push(upstream);
+    desk.touch(upstream);
 }
 
 fn handle_control(
@@ -707,7 +713,7 @@ fn handle_control(
         ClientMessage::Release { lease, is_clean } => {
             if let Some(upstream) = source.session.upstream(header.upstream) {
                 desk.upstreams[upstream].release(desk.now, id, lease, is_clean);
-                desk.touched.push(upstream);
+                desk.touch(upstream);
             }
             Ok(None)
         }
@@ -729,7 +735,7 @@ fn ask_lease(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, header: Fra
     let timeout = timeout_of(header);
     let asked = match source.session.upstream(header.upstream) {
         Some(upstream) => {
-            desk.touched.push(upstream);
+            desk.touch(upstream);
             let owner = Owner { source: id, correlation };
             let uid = source.session.peer.uid;
             desk.upstreams[upstream].lease(desk.now, owner, uid, timeout)
@@ -915,7 +921,7 @@ fn attach(
 // FIFOs, pipes, socketpairs.
 
 fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut Taken) -> Step {
-    let Source { session, io, buffer, cutter, framing, awaits_reply, .. } = source;
+    let Source { session, account, io, buffer, cutter, framing, awaits_reply, .. } = source;
     let (Some(buffer), Some(cutter)) = (buffer, cutter) else {
         return Step::NeedsBytes;
     };
@@ -931,9 +937,7 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
             if let Io::Socketpair(_) = io {
                 taken.messages += 1;
                 let owner = Owner { source: id, correlation: 0 };
-                let charge =
-                    desk.quotas.charge(session.peer.uid, Resource::QueuedBytes, body.len());
-                let Ok(charge) = charge else {
+                let Ok(charge) = account.charge(Resource::QueuedBytes, body.len()) else {
                     return Step::Stop(Served::Ended(Reason::Quota));
                 };
                 match desk.upstreams[upstream].request(desk.now, owner, body, None, charge) {
@@ -941,7 +945,7 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
                     Err(failure) => return Step::Stop(Served::Ended(failure.reason)),
                 }
                 *awaits_reply = true;
-                desk.touched.push(upstream);
+                desk.touch(upstream);
             } else {
                 let is_line = *framing == Framing::Lines;
                 let route = Route::new(0, upstream);

@@ -495,7 +495,6 @@ impl Shard {
                 now: self.now,
                 upstreams: &mut self.upstreams,
                 spares: &mut self.spares,
-                quotas: &self.quotas,
                 limits: &self.limits,
                 dynamic: &self.dynamic,
                 deframer: self.deframer,
@@ -543,7 +542,7 @@ impl Shard {
             }
             // A queue that is nearly full is sent before the next source finds it so, and a full
             // batch while its bytes are at hand.
-            for upstream in std::mem::take(&mut self.touched) {
+            while let Some(upstream) = self.touched.pop() {
                 let outlet = &self.upstreams[upstream];
                 if !outlet.pool.has_room_again() || outlet.wants_work() {
                     self.work_on(upstream);

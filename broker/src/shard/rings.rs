@@ -68,11 +68,11 @@ impl Shard {
         if source.ring.is_some() {
             return Err((Reason::BadRing, "the session has its rings already".to_owned()));
         }
-        let (uid, bytes) = (source.session.peer.uid, Header::region_bytes(capacity));
-        let memory = self.quotas.charge(uid, Resource::RingBytes, bytes).map_err(|exceeded| {
+        let (account, bytes) = (&source.account, Header::region_bytes(capacity));
+        let memory = account.charge(Resource::RingBytes, bytes).map_err(|exceeded| {
             refused("bytes of rings (ring_bytes_max_per_uid)", exceeded.limit)
         })?;
-        let doorbell = self.quotas.charge(uid, Resource::Sessions, 1).map_err(|exceeded| {
+        let doorbell = account.charge(Resource::Sessions, 1).map_err(|exceeded| {
             refused("sessions, of which a ring counts as one more", exceeded.limit)
         })?;
         source.ring_charges = vec![memory, doorbell];

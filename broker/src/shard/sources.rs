@@ -21,7 +21,7 @@ use crate::credit::Credit;
 use crate::ids::{RequestId, SourceId};
 use crate::inflight::Owner;
 use crate::poller::Token;
-use crate::quota::Charge;
+use crate::quota::{Account, Charge};
 use crate::session::{Action, Session};
 use crate::snapshot::{SessionSnapshot, by_reason};
 use crate::stats::Settled;
@@ -36,6 +36,8 @@ use crate::waiting::Pace;
 pub struct Source {
     /// What it may do and has done.
     pub session: Session,
+    /// What its user holds.
+    pub account: Account,
     /// Its descriptor.
     pub io: Io,
     /// Where the descriptor is watched.
