@@ -4,6 +4,8 @@
 //! ```text
 //!   turn: wait -> clock -> events -> commands -> deadlines -> one run of every ready source
 //!              -> upstreams work (send, reconnect, ...) -> sources are told -> ended ones go
+//!
+//!   (and once more before the run of a source that always has more, if there were events)
 //! ```
 //!
 //! Work per source, connection and turn is bounded ([`intake`], [`outlet`]), so nobody keeps the
@@ -485,10 +487,15 @@ impl Shard {
     fn serve_ready(&mut self) {
         // Whoever comes now and then waits for one run of those who always have more, and not for one
         // of each (RFC 8290, 4.2: new queues before old ones). Those have theirs in turn.
-        let mut busy_runs = 0;
+        let (mut busy_runs, mut has_told) = (0, self.poller.is_quiet());
         for _ in 0..self.sources.ready_count() {
             if busy_runs >= BUSY_RUNS_PER_TURN {
                 return;
+            }
+            // Nor does what events brought, requests and replies, wait for that run.
+            if !self.sources.has_fresh() && !std::mem::replace(&mut has_told, true) {
+                self.work();
+                self.tell_sources();
             }
             let Some((id, is_busy)) = self.sources.pop_ready() else { return };
             let mut desk = Desk {

@@ -296,6 +296,11 @@ impl Sources {
         self.fresh.len() + self.busy.len()
     }
 
+    /// Whether one is ready that had nothing before.
+    pub fn has_fresh(&self) -> bool {
+        !self.fresh.is_empty()
+    }
+
     /// The next one that is ready, and whether it has more than it could have done before.
     pub fn pop_ready(&mut self) -> Option<(SourceId, bool)> {
         let fresh = self.fresh.pop_front().map(|id| (id, false));
