@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use poolbroker_proto::message::Retry;
+use poolbroker_proto::frame::{FrameHeader, Kind, hello};
+use poolbroker_proto::message::{BrokerMessage, ClientMessage, Retry};
 use poolbroker_proto::reason::Reason;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::{count_of, list, total};
@@ -20,7 +21,7 @@ use poolbroker_tests::peers::{
     FORGED, Manners, Marks, TcpBlackHole, TcpEcho, TcpSink, UdpBlackHole, UdpEcho, UdpSink,
     unused_port,
 };
-use poolbroker_tests::raw::{Answer, RawClient, ask};
+use poolbroker_tests::raw::{self, Answer, RawClient, ask};
 
 #[test]
 fn the_command_prints_the_reply() {
@@ -42,6 +43,23 @@ fn the_command_prints_the_reply() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert_eq!(output.stdout, b"from stdin\n");
+}
+
+#[test]
+fn a_session_in_one_breath_is_answered_though_its_reply_does_not_come() {
+    let silent = TcpBlackHole::start();
+    let broker = Broker::start(&[format!("silent={}", silent.url())]);
+    let mut breath = raw::frame(FrameHeader::new(Kind::Hello), &hello());
+    let (header, body) = raw::control(1, 0, &ClientMessage::Open { name: "silent".to_owned() });
+    breath.extend(raw::frame(header, &body));
+    let header = FrameHeader { correlation: 2, ..FrameHeader::new(Kind::Request) };
+    breath.extend(raw::frame(header, b"anybody?"));
+    let mut client = RawClient::connect(broker.runtime_dir());
+    client.send_bytes(&breath);
+    let mut answers = (0..2).map(|_| client.next_frame().unwrap().control());
+    assert!(matches!(answers.next(), Some(BrokerMessage::Welcome { .. })));
+    assert!(matches!(answers.next(), Some(BrokerMessage::Opened { handle: 0, .. })));
+    assert_eq!(broker.upstream_status("silent")["in_flight"], 1);
 }
 
 #[test]

@@ -295,7 +295,8 @@ impl Shard {
     }
 }
 
-fn new_source(
+/// A source of which nothing is known yet.
+pub(super) fn new_source(
     session: Session,
     account: Account,
     io: Io,

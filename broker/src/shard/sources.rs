@@ -607,3 +607,95 @@ impl Sources {
         sessions.map(snapshot).collect()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::quota::{QuotaLimits, Quotas};
+    use crate::session::{Peer, SessionLimits, Transport};
+    use crate::shard::entrance::new_source;
+    use crate::transport::unix::UnixSocket;
+
+    fn at(us: u64) -> Time {
+        Time::from_start(Duration::from_micros(us))
+    }
+
+    /// Sources of one upstream, each with the client's end of its socket.
+    fn sources(count: usize) -> (Sources, Vec<(SourceId, UnixStream)>) {
+        let (max, second) = (1 << 20, Duration::from_secs(1));
+        let quotas = Quotas::new(QuotaLimits {
+            sessions_max: max,
+            queued_bytes_max: max,
+            descriptors_max: max,
+            ring_bytes_max: max,
+        });
+        let limits = SessionLimits {
+            handshake_timeout: second,
+            partial_timeout: second,
+            descriptor_timeout: second,
+            requests_in_flight_max: max,
+        };
+        let mut sources = Sources::new(max);
+        let clients = (0..count).map(|id| {
+            let (theirs, ours) = UnixStream::pair().unwrap();
+            let io = Io::Unix(UnixSocket::from_passed(OwnedFd::from(ours)).unwrap());
+            let peer = Peer { pid: 1, uid: 1 };
+            let session = Session::bound(id as u64, peer, Transport::Unix, limits, 0);
+            let source = new_source(session, quotas.account(1), io, None, Framing::Raw);
+            (sources.table.insert(source), theirs)
+        });
+        let clients = clients.collect();
+        (sources, clients)
+    }
+
+    #[test]
+    fn whoever_comes_now_and_then_goes_before_those_who_always_have_more() {
+        let (mut sources, clients) = sources(4);
+        let ids: Vec<_> = clients.iter().map(|(id, _)| *id).collect();
+        sources.make_busy(ids[0]);
+        sources.make_busy(ids[1]);
+        assert!(!sources.has_fresh());
+        sources.make_ready(ids[2]);
+        sources.make_ready(ids[3]);
+        // It has its place among the busy ones.
+        sources.make_ready(ids[0]);
+        assert!(sources.has_fresh());
+        let order: Vec<_> = std::iter::from_fn(|| sources.pop_ready()).collect();
+        assert_eq!(order, [(ids[2], false), (ids[3], false), (ids[0], true), (ids[1], true)]);
+    }
+
+    #[test]
+    fn an_answer_waits_for_the_reply_and_not_for_ever() {
+        let (mut sources, clients) = sources(2);
+        let ((asking, _), (telling, _)) = (&clients[0], &clients[1]);
+        let tell = |sources: &mut Sources, id| {
+            let source = sources.table.get_mut(id).unwrap();
+            source.tell_control(Kind::Control, 1, &BrokerMessage::Attached { session: 1 });
+            sources.answer(at(1_000), id);
+        };
+        // Nothing else comes: at once.
+        tell(&mut sources, *telling);
+        assert!(!sources.has_held_answers());
+        assert_eq!(sources.pop_due(), Some(*telling));
+
+        let source = sources.table.get_mut(*asking).unwrap();
+        source.session.start_request(7, 0, RequestId::default());
+        tell(&mut sources, *asking);
+        assert!(sources.has_held_answers());
+        assert_eq!(sources.pop_due(), None);
+        let until = at(1_000) + ANSWER_HOLD;
+        assert_eq!([at(1_001), until].map(|now| sources.must_answer(now)), [false, true]);
+        sources.release_answers();
+        assert!(!sources.has_held_answers());
+        assert_eq!((sources.pop_due(), sources.pop_due()), (Some(*asking), None));
+
+        // The reply takes it along.
+        tell(&mut sources, *asking);
+        sources.reply(Owner { source: *asking, correlation: 7 }, b"reply");
+        assert_eq!(sources.pop_due(), Some(*asking));
+    }
+}
