@@ -107,7 +107,7 @@ impl Arena {
             }
         }
         let mut proxies = HashMap::new();
-        for proxy in Proxy::ALL {
+        for proxy in Proxy::LASTING {
             for (talk, name, _) in TALKS {
                 let is_served = proxy != Proxy::Nutcracker || talk == Talk::Redis;
                 let Some(backend) = backends.get(&(talk, false)).filter(|_| is_served) else {
@@ -136,8 +136,10 @@ impl Arena {
     pub fn has(&self, way: Way, talk: Talk) -> bool {
         let has_backend = self.backends.contains_key(&(talk, is_brokers(way)));
         match way {
-            Way::By(proxy) => has_backend && self.proxies.contains_key(&(proxy, talk)),
-            Way::Direct | Way::Unix | Way::Ring | Way::Leased => has_backend,
+            Way::By(proxy) if proxy != Proxy::Bare => {
+                has_backend && self.proxies.contains_key(&(proxy, talk))
+            }
+            Way::By(_) | Way::Direct | Way::Unix | Way::Ring | Way::Leased => has_backend,
         }
     }
 
@@ -145,7 +147,15 @@ impl Arena {
     pub fn measure(&mut self, way: Way, shape: &Shape, ask: &Ask) -> Result<Run, CommandError> {
         let place = (shape.talk, is_brokers(way));
         let backend = self.backends.get(&place).expect("it was looked for before");
-        let (proxy, address) = (self.proxy(way, shape.talk), backend.address);
+        let address = backend.address;
+        // It keeps its connection, which is to be among those of no other way.
+        let bare = match way {
+            Way::By(Proxy::Bare) => {
+                proxies::start(Proxy::Bare, self.home.path(), talk_name(shape.talk), address)?
+            }
+            Way::Direct | Way::Unix | Way::Ring | Way::Leased | Way::By(_) => None,
+        };
+        let proxy = bare.as_ref().or_else(|| self.proxy(way, shape.talk));
         let upstream = || talk_name(shape.talk).to_owned();
         let broker = if shape.is_one_core { &self.tied_broker } else { &self.broker };
         let runtime_dir = || broker.child.runtime_dir().path().to_owned();

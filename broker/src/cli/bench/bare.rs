@@ -75,6 +75,8 @@ impl Relay {
     fn start(options: &BenchBare) -> io::Result<Self> {
         let backend = TcpStream::connect(options.backend)?;
         backend.set_nodelay(true)?;
+        // That of the one before.
+        let _ = std::fs::remove_file(&options.socket);
         let listener = UnixListener::bind(&options.socket)?;
         rustix::net::listen(&listener, BACKLOG)?;
         listener.set_nonblocking(true)?;

@@ -34,7 +34,8 @@ pub enum Proxy {
 }
 
 impl Proxy {
-    pub const ALL: [Proxy; 4] = [Proxy::Bare, Proxy::Haproxy, Proxy::Nginx, Proxy::Nutcracker];
+    /// Those that serve for the whole run.
+    pub const LASTING: [Proxy; 3] = [Proxy::Haproxy, Proxy::Nginx, Proxy::Nutcracker];
 
     /// The name of the program.
     pub const fn name(self) -> &'static str {
