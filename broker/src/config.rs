@@ -239,7 +239,8 @@ limits! {
     connecting_max: usize = 4, 1..=1_000, "connections",
         "Connects in progress at once, so that a peer that comes back is not stormed.";
     waiters_max: usize = 1024, 0..=1_000_000, "requests",
-        "Requests waiting for a connection; one more is refused with waiters_full.";
+        "Requests waiting for a connection, and as many leases. Users are served in turn. Of one more, \
+         the last of the user who has most waiting is refused with waiters_full.";
     pipeline_depth: usize = 1, 1..=4_096, "requests",
         "Requests on one connection at once. 1: the next one waits for the reply, and a reply that \
          comes too late costs the connection. More: replies come in their order, so a slow request \

@@ -30,6 +30,8 @@ const OUTDATED_MAX: usize = 16;
 pub struct Owner {
     /// The session.
     pub source: SourceId,
+    /// Its user.
+    pub uid: u32,
     /// The session's own name for the request.
     pub correlation: u64,
 }

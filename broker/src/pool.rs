@@ -37,6 +37,7 @@ mod leases;
 mod one_way;
 mod places;
 mod shares;
+mod turns;
 mod waiters;
 
 use std::collections::VecDeque;
@@ -523,9 +524,10 @@ impl Pool {
         self.waiters.len()
     }
 
-    /// Since when the first waiter waits.
+    /// Since when somebody waits.
     pub fn oldest_waiter(&self) -> Option<Time> {
-        self.waiters.first().and_then(|request| self.in_flight.get(request)).map(|r| r.asked_at)
+        let firsts = self.waiters.firsts().filter_map(|request| self.in_flight.get(request));
+        firsts.map(|request| request.asked_at).min()
     }
 
     /// The slot of a connection with that tag.
@@ -635,13 +637,20 @@ impl Pool {
         {
             return self.refuse(reason);
         }
-        if self.waiters.len() >= self.settings.limits.waiters_max {
-            return self.refuse(Reason::WaitersFull);
+        let waiters_max = self.settings.limits.waiters_max;
+        if self.waiters.len() >= waiters_max {
+            // Nobody is shut out by a user who takes all there is. There are more where a connection
+            // was lost: they go first.
+            let way = self.waiters.makes_way_for(owner.uid);
+            let Some(other) = way.filter(|_| self.waiters.len() == waiters_max) else {
+                return self.refuse(Reason::WaitersFull);
+            };
+            self.end_request(now, other, RequestEnd::Refused(Reason::WaitersFull));
         }
         let request = self.in_flight.insert(owner, now, caller_deadline, is_last, deadline);
         self.deadlines.insert(deadline, Timer::Request(request));
         self.line_up(now);
-        self.waiters.push_back(request, self.line_of(now, request));
+        self.waiters.push_back(request, owner.uid, self.line_of(now, request));
         self.want_connections(now);
         Acquire::Queued { request }
     }

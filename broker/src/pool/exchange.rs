@@ -250,7 +250,7 @@ impl Pool {
             if entry.caller_deadline.is_some_and(|deadline| deadline <= now) {
                 self.end_request(now, request, RequestEnd::TimedOut);
             } else if let Some(conn) = self.select(now, owner) {
-                self.waiters.remove(request);
+                self.waiters.take(request);
                 if let Some(tag) = self.grant(now, request, conn) {
                     self.actions.push_back(Action::Dispatch { conn, request, tag });
                 }
@@ -276,7 +276,7 @@ impl Pool {
             if entry.caller_deadline.is_some_and(|deadline| deadline <= now) {
                 self.end_request(now, request, RequestEnd::TimedOut);
             } else if self.balance.may_serve(now, Some(key(entry.owner)), remote) {
-                self.waiters.remove(request);
+                self.waiters.take(request);
                 return Some(request);
             } else {
                 // Nor may it serve another one in that line.
@@ -352,12 +352,12 @@ impl Pool {
             return;
         };
         let limit = entry.asked_at + self.settings.limits.wait_timeout;
-        let deadline = earliest(limit, entry.caller_deadline);
+        let (deadline, uid) = (earliest(limit, entry.caller_deadline), entry.owner.uid);
         self.in_flight.wait_again(request, deadline, is_retry);
         self.retried += u64::from(is_retry);
         self.deadlines.insert(deadline, Timer::Request(request));
         self.line_up(now);
-        self.waiters.push_front(request, self.line_of(now, request));
+        self.waiters.push_front(request, uid, self.line_of(now, request));
     }
 
     pub(super) fn handle_wait_over(&mut self, now: Time, request: RequestId) {

@@ -11,11 +11,12 @@
 //! Whoever held a connection may have kept a copy of its descriptor. So one that was returned
 //! serves only later leases of the same user, never requests.
 
-use std::collections::VecDeque;
+use std::collections::BTreeMap;
 
 use poolbroker_proto::reason::Reason;
 use slotmap::SlotMap;
 
+use super::turns::{Turn, Turns};
 use super::{Action, Pool, State, Timer, earliest};
 use crate::ids::{ConnId, LeaseId, SourceId};
 use crate::inflight::Owner;
@@ -43,12 +44,13 @@ pub enum Lend {
 #[derive(Debug, Clone, Copy)]
 struct Lease {
     owner: Owner,
-    uid: u32,
     asked_at: Time,
     /// Until when its owner wants it.
     caller_deadline: Option<Time>,
     /// None: it waits.
     conn: Option<ConnId>,
+    /// While it waits.
+    turn: Option<Turn>,
     /// Who had that connection before.
     lent_before: Option<u32>,
     /// Until when it waits.
@@ -75,7 +77,8 @@ pub struct LeaseCounts {
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     table: SlotMap<LeaseId, Lease>,
-    pub(super) waiters: VecDeque<LeaseId>,
+    waiters: BTreeMap<Turn, LeaseId>,
+    turns: Turns,
     pub(super) counts: LeaseCounts,
 }
 
@@ -118,13 +121,7 @@ impl Pool {
     }
 
     /// Asks for the loan of a connection, at the longest until `caller_deadline`.
-    pub fn lease(
-        &mut self,
-        now: Time,
-        owner: Owner,
-        uid: u32,
-        caller_deadline: Option<Time>,
-    ) -> Lend {
+    pub fn lease(&mut self, now: Time, owner: Owner, caller_deadline: Option<Time>) -> Lend {
         self.leases.counts.asked += 1;
         if let Some(reason) = self.settings.leases_refused {
             return self.refuse_lease(reason);
@@ -132,15 +129,15 @@ impl Pool {
         let wait_deadline = earliest(now + self.settings.limits.wait_timeout, caller_deadline);
         let wish = Lease {
             owner,
-            uid,
             asked_at: now,
             caller_deadline,
             conn: None,
+            turn: None,
             lent_before: None,
             wait_deadline,
         };
         if self.may_lend()
-            && let Some(conn) = self.take_returned(uid).or_else(|| self.idle.pop())
+            && let Some(conn) = self.take_returned(owner.uid).or_else(|| self.idle.pop())
         {
             let lease = self.leases.table.insert(wish);
             self.lend(now, lease, conn);
@@ -151,12 +148,18 @@ impl Pool {
         {
             return self.refuse_lease(reason);
         }
-        if self.waiters.len() + self.leases.waiters.len() >= self.settings.limits.waiters_max {
-            return self.refuse_lease(Reason::WaitersFull);
+        let (waiting, waiters_max) = (self.lease_waiters(), self.settings.limits.waiters_max);
+        if waiting >= waiters_max {
+            // As with requests.
+            let way = self.leases.turns.makes_way_for(owner.uid).filter(|_| waiting == waiters_max);
+            let Some(other) = way.and_then(|turn| self.leases.waiters.get(&turn)).copied() else {
+                return self.refuse_lease(Reason::WaitersFull);
+            };
+            self.give_up_lease(other, Reason::WaitersFull);
         }
         let lease = self.leases.table.insert(wish);
-        self.deadlines.insert(wait_deadline, Timer::Lease(lease));
-        self.leases.waiters.push_back(lease);
+        let turn = self.leases.turns.push_back(owner.uid);
+        self.wait_for_lease(lease, turn);
         self.want_connections(now);
         Lend::Queued
     }
@@ -249,7 +252,7 @@ impl Pool {
     }
 
     pub(super) fn refuse_lease_waiters(&mut self, reason: Reason) {
-        for lease in self.leases.waiters.clone() {
+        for lease in self.leases.waiters.values().copied().collect::<Vec<_>>() {
             self.give_up_lease(lease, reason);
         }
     }
@@ -271,7 +274,9 @@ impl Pool {
         }
         let Some(lease) = self.live_lease_waiter_for(now, conn) else { return false };
         let Some(owner) = self.lease_owner(lease) else { return false };
-        self.forget_wait(lease);
+        if let Some(turn) = self.forget_wait(lease) {
+            self.leases.turns.take(owner.uid, turn);
+        }
         self.lend(now, lease, conn);
         self.actions.push_back(Action::Lend { conn, lease, owner });
         true
@@ -280,8 +285,8 @@ impl Pool {
     /// Lends what is idle to those who wait.
     pub(super) fn serve_lease_waiters(&mut self, now: Time) {
         while self.may_lend()
-            && let Some(lease) = self.leases.waiters.front()
-            && let Some(uid) = self.leases.table.get(*lease).map(|lease| lease.uid)
+            && let Some((_, lease)) = self.leases.waiters.first_key_value()
+            && let Some(uid) = self.leases.table.get(*lease).map(|lease| lease.owner.uid)
             && let Some(conn) = self.take_returned(uid).or_else(|| self.idle.pop())
         {
             if !self.lend_to_waiter(now, conn) {
@@ -297,8 +302,16 @@ impl Pool {
                 record.lent_to = wish.lent_before;
             }
             self.leases.counts.granted -= 1;
+            let turn = self.leases.turns.push_front(wish.owner.uid);
+            self.wait_for_lease(lease, turn);
+        }
+    }
+
+    fn wait_for_lease(&mut self, lease: LeaseId, turn: Turn) {
+        if let Some(wish) = self.leases.table.get_mut(lease) {
+            wish.turn = Some(turn);
             self.deadlines.insert(wish.wait_deadline, Timer::Lease(lease));
-            self.leases.waiters.push_front(lease);
+            self.leases.waiters.insert(turn, lease);
         }
     }
 
@@ -325,10 +338,10 @@ impl Pool {
     fn lease_waiter_for(&self, conn: ConnId) -> Option<LeaseId> {
         let lent_to = self.conns.get(conn)?.lent_to;
         let fits = |lease: &LeaseId| {
-            let uid = self.leases.table.get(*lease).map(|lease| lease.uid);
+            let uid = self.leases.table.get(*lease).map(|lease| lease.owner.uid);
             lent_to.is_none() || lent_to == uid
         };
-        self.leases.waiters.iter().copied().find(|lease| fits(lease))
+        self.leases.waiters.values().copied().find(|lease| fits(lease))
     }
 
     fn lend(&mut self, now: Time, lease: LeaseId, conn: ConnId) {
@@ -336,7 +349,7 @@ impl Pool {
         let Some(entry) = self.leases.table.get_mut(lease) else { return };
         entry.conn = Some(conn);
         self.leases.counts.granted += 1;
-        let (until, uid) = (earliest(limit, entry.caller_deadline), entry.uid);
+        let (until, uid) = (earliest(limit, entry.caller_deadline), entry.owner.uid);
         if let Some(record) = self.conns.get_mut(conn) {
             record.uses += 1;
             entry.lent_before = record.lent_to;
@@ -364,14 +377,20 @@ impl Pool {
     }
 
     fn forget_lease_waiter(&mut self, lease: LeaseId) -> Option<Owner> {
-        self.forget_wait(lease);
-        self.leases.table.remove(lease).map(|lease| lease.owner)
+        let turn = self.forget_wait(lease);
+        let owner = self.leases.table.remove(lease)?.owner;
+        if let Some(turn) = turn {
+            self.leases.turns.remove(owner.uid, turn);
+        }
+        Some(owner)
     }
 
-    fn forget_wait(&mut self, lease: LeaseId) {
-        if let Some(wish) = self.leases.table.get(lease) {
-            self.deadlines.remove(wish.wait_deadline, Timer::Lease(lease));
-        }
-        self.leases.waiters.retain(|waiting| *waiting != lease);
+    /// It does not wait any more; the turn it had.
+    fn forget_wait(&mut self, lease: LeaseId) -> Option<Turn> {
+        let wish = self.leases.table.get_mut(lease)?;
+        self.deadlines.remove(wish.wait_deadline, Timer::Lease(lease));
+        let turn = wish.turn.take()?;
+        self.leases.waiters.remove(&turn);
+        Some(turn)
     }
 }

@@ -10,6 +10,7 @@ use std::cmp::Reverse;
 
 use poolbroker_proto::reason::Reason;
 
+use super::turns::Turn;
 use super::waiters::Line;
 use super::{Conn, Pool, Role, State};
 use crate::balance::{Breaker, Pick};
@@ -25,14 +26,14 @@ struct Share {
     /// is under way those who wait for it stand elsewhere, and would only undo each other's work.
     is_ejected: bool,
     /// Whose turn it is of those who wait for it, if somebody does.
-    turn: Option<i64>,
+    turn: Option<Turn>,
     connecting: usize,
     conns: usize,
 }
 
 impl Share {
     /// Of two that have equally much: those first whose address is well, then who waited longer.
-    fn order(&self) -> (bool, Option<i64>) {
+    fn order(&self) -> (bool, Option<Turn>) {
         (self.is_failing, self.turn)
     }
 

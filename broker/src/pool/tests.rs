@@ -26,6 +26,44 @@ fn refuses_when_waiters_are_full() {
 }
 
 #[test]
+fn whoever_has_most_waiters_makes_way_for_another_user() {
+    let mut world = tcp(|limits| limits.waiters_max = 2);
+    let (many, few) = (world.source(0), world.source(1));
+    let asked = world.ask_times(2);
+    world.ask_as(few, None).unwrap();
+    assert_eq!(world.pool.in_flight(), 2);
+    assert!(!world.asked.contains_key(&asked[1]), "the last one of the other user");
+    assert_eq!([many, few].map(|source| world.ask_as(source, None)), [Err(Reason::WaitersFull); 2]);
+    world.check();
+}
+
+#[test]
+fn users_that_wait_are_served_in_turn() {
+    let mut world = tcp(|limits| limits.connections_max = 1);
+    let asked = world.ask_times(3);
+    let other = world.ask_as(world.source(1), None).unwrap();
+    let conn = world.connect();
+    for request in [asked[0], other, asked[1], asked[2]] {
+        assert_eq!(world.on(request), Some(conn));
+        world.reply(conn);
+    }
+}
+
+#[test]
+fn waiting_leases_keep_no_request_and_no_other_user_from_waiting() {
+    let mut world = tcp(|limits| (limits.connections_max, limits.waiters_max) = (1, 2));
+    let (many, few) = (world.source(0), world.source(1));
+    (0..3).for_each(|_| world.lease_as(many, 1, None));
+    assert_eq!((world.pool.lease_waiters(), world.leases_refused), (2, 1));
+    world.ask_times(2);
+    world.lease_as(few, 2, None);
+    assert_eq!((world.pool.lease_waiters(), world.leases_refused), (2, 2));
+    let owners = world.wishes.values().map(|(source, _)| *source).collect::<Vec<_>>();
+    assert!(owners.contains(&many) && owners.contains(&few));
+    world.check();
+}
+
+#[test]
 fn a_freed_connection_serves_the_first_waiter_at_once() {
     let mut world = tcp(|limits| limits.connections_max = 1);
     let (first, second, third) = (world.ask(), world.ask(), world.ask());

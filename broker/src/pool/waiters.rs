@@ -1,4 +1,4 @@
-//! The requests that wait for a connection, in the order in which they came.
+//! The requests that wait for a connection, in their [turn](super::turns).
 //!
 //! They stand in *lines*: all in one, or where each session has an address of its own
 //! ([`Balance::spread`]) in one for each address, so that whoever is next for an address is found
@@ -6,8 +6,11 @@
 //!
 //! [`Balance::spread`]: crate::balance::Balance::spread
 
+use std::collections::BTreeMap;
+
 use slotmap::SecondaryMap;
 
+use super::turns::{Turn, Turns};
 use crate::balance::Spread;
 use crate::ids::RequestId;
 
@@ -17,116 +20,114 @@ pub(super) type Line = usize;
 /// The requests that wait. See the module's text.
 #[derive(Debug)]
 pub(super) struct Waiters {
-    links: SecondaryMap<RequestId, Link>,
+    places: SecondaryMap<RequestId, Place>,
     /// At least one.
-    lines: Vec<Ends>,
+    lines: Vec<BTreeMap<Turn, RequestId>>,
+    turns: Turns,
     /// For what the lines were made.
     pub(super) spread: Spread,
-    first_turn: i64,
-    last_turn: i64,
 }
 
-/// The place of a request in its line.
 #[derive(Debug, Clone, Copy)]
-struct Link {
+struct Place {
+    uid: u32,
     line: Line,
-    turn: i64,
-    before: Option<RequestId>,
-    behind: Option<RequestId>,
-}
-
-#[derive(Debug, Clone, Copy, Default)]
-struct Ends {
-    first: Option<RequestId>,
-    last: Option<RequestId>,
-    len: usize,
+    turn: Turn,
 }
 
 impl Waiters {
     pub(super) fn new() -> Self {
         Waiters {
-            links: SecondaryMap::new(),
-            lines: vec![Ends::default()],
+            places: SecondaryMap::new(),
+            lines: vec![BTreeMap::new()],
+            turns: Turns::default(),
             spread: Spread::default(),
-            first_turn: 0,
-            last_turn: 0,
         }
     }
 
     pub(super) fn len(&self) -> usize {
-        self.links.len()
+        self.places.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.links.is_empty()
+        self.places.is_empty()
     }
 
     /// How many wait in a line.
     pub(super) fn len_of(&self, line: Line) -> usize {
-        self.lines.get(line).map_or(0, |ends| ends.len)
+        self.lines.get(line).map_or(0, BTreeMap::len)
     }
 
     /// The lines in which somebody waits, and whose turn is first in each.
-    pub(super) fn lines(&self) -> impl Iterator<Item = (Line, RequestId, i64)> {
-        let first = |(line, ends): (Line, &Ends)| {
-            let first = ends.first?;
-            Some((line, first, self.links.get(first)?.turn))
+    pub(super) fn lines(&self) -> impl Iterator<Item = (Line, RequestId, Turn)> {
+        let first = |(line, waiting): (Line, &BTreeMap<Turn, RequestId>)| {
+            waiting.first_key_value().map(|(turn, request)| (line, *request, *turn))
         };
         self.lines.iter().enumerate().filter_map(first)
     }
 
-    /// Who waited longest in a line.
+    /// Whose turn is first in a line.
     pub(super) fn first_of(&self, line: Line) -> Option<RequestId> {
-        self.lines.get(line)?.first
+        self.lines.get(line)?.first_key_value().map(|(_, request)| *request)
     }
 
-    /// Who waited longest of all.
-    pub(super) fn first(&self) -> Option<RequestId> {
-        self.lines().min_by_key(|(_, _, turn)| *turn).map(|(_, first, _)| first)
+    /// The first one of each user.
+    pub(super) fn firsts(&self) -> impl Iterator<Item = RequestId> {
+        self.turns.firsts().filter_map(|turn| self.of_turn(turn))
     }
 
-    pub(super) fn push_back(&mut self, request: RequestId, line: Line) {
-        self.last_turn += 1;
-        self.append(request, line, self.last_turn);
+    /// Which one makes way for one more of this user, where there is no room.
+    pub(super) fn makes_way_for(&self, uid: u32) -> Option<RequestId> {
+        self.of_turn(self.turns.makes_way_for(uid)?)
+    }
+
+    fn of_turn(&self, turn: Turn) -> Option<RequestId> {
+        self.lines.iter().find_map(|line| line.get(&turn)).copied()
+    }
+
+    pub(super) fn push_back(&mut self, request: RequestId, uid: u32, line: Line) {
+        let turn = self.turns.push_back(uid);
+        self.place(request, Place { uid, line, turn });
     }
 
     /// Before everybody else.
-    pub(super) fn push_front(&mut self, request: RequestId, line: Line) {
-        let Some(ends) = self.lines.get_mut(line) else { return };
-        let behind = ends.first.replace(request);
-        ends.last = ends.last.or(Some(request));
-        ends.len += 1;
-        self.first_turn -= 1;
-        let link = Link { line, turn: self.first_turn, before: None, behind };
-        self.links.insert(request, link);
-        if let Some(link) = behind.and_then(|behind| self.links.get_mut(behind)) {
-            link.before = Some(request);
+    pub(super) fn push_front(&mut self, request: RequestId, uid: u32, line: Line) {
+        let turn = self.turns.push_front(uid);
+        self.place(request, Place { uid, line, turn });
+    }
+
+    fn place(&mut self, request: RequestId, place: Place) {
+        if let Some(line) = self.lines.get_mut(place.line) {
+            line.insert(place.turn, request);
+            self.places.insert(request, place);
         }
     }
 
-    /// Takes one out, wherever it stands.
+    /// Takes out one that is served.
+    pub(super) fn take(&mut self, request: RequestId) {
+        if let Some(Place { uid, turn, .. }) = self.leave(request) {
+            self.turns.take(uid, turn);
+        }
+    }
+
+    /// Takes out one that is given up, wherever it stands.
     pub(super) fn remove(&mut self, request: RequestId) {
-        let Some(Link { line, before, behind, .. }) = self.links.remove(request) else { return };
-        if let Some(link) = before.and_then(|before| self.links.get_mut(before)) {
-            link.behind = behind;
-        }
-        if let Some(link) = behind.and_then(|behind| self.links.get_mut(behind)) {
-            link.before = before;
-        }
-        let ends = &mut self.lines[line];
-        ends.len -= 1;
-        if before.is_none() {
-            ends.first = behind;
-        }
-        if behind.is_none() {
-            ends.last = before;
+        if let Some(Place { uid, turn, .. }) = self.leave(request) {
+            self.turns.remove(uid, turn);
         }
     }
 
-    /// Takes out all of them, those first who waited longest.
+    fn leave(&mut self, request: RequestId) -> Option<Place> {
+        let place = self.places.remove(request)?;
+        self.lines[place.line].remove(&place.turn);
+        Some(place)
+    }
+
+    /// Takes out all of them, in their turn.
     pub(super) fn take_all(&mut self) -> Vec<RequestId> {
-        let all = self.take_turns();
-        all.into_iter().map(|(_, request)| request).collect()
+        let all = self.leave_all();
+        self.turns.clear();
+        all.into_iter().map(|(request, _)| request).collect()
     }
 
     /// Makes so many lines anew; `line_of` says who stands in which.
@@ -136,30 +137,18 @@ impl Waiters {
         lines: usize,
         line_of: impl Fn(RequestId) -> Line,
     ) {
-        let all = self.take_turns();
+        let all = self.leave_all();
         self.spread = spread;
-        self.lines.resize(lines.max(1), Ends::default());
-        for (turn, request) in all {
-            self.append(request, line_of(request), turn);
+        self.lines.resize_with(lines.max(1), BTreeMap::new);
+        for (request, place) in all {
+            self.place(request, Place { line: line_of(request), ..place });
         }
     }
 
-    fn append(&mut self, request: RequestId, line: Line, turn: i64) {
-        let Some(ends) = self.lines.get_mut(line) else { return };
-        let before = ends.last.replace(request);
-        ends.first = ends.first.or(Some(request));
-        ends.len += 1;
-        self.links.insert(request, Link { line, turn, before, behind: None });
-        if let Some(link) = before.and_then(|before| self.links.get_mut(before)) {
-            link.behind = Some(request);
-        }
-    }
-
-    fn take_turns(&mut self) -> Vec<(i64, RequestId)> {
-        let mut all: Vec<_> =
-            self.links.drain().map(|(request, link)| (link.turn, request)).collect();
-        all.sort_unstable();
-        self.lines.fill(Ends::default());
+    fn leave_all(&mut self) -> Vec<(RequestId, Place)> {
+        let mut all: Vec<_> = self.places.drain().collect();
+        all.sort_unstable_by_key(|(_, place)| place.turn);
+        self.lines.iter_mut().for_each(BTreeMap::clear);
         all
     }
 }

@@ -662,7 +662,7 @@ fn handle_request(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, frame:
         let text = format!("{}: queued_bytes_max_per_uid", Reason::Quota);
         return refuse(source, Reason::Quota, text);
     };
-    let owner = Owner { source: id, correlation };
+    let owner = Owner { source: id, uid: source.session.peer.uid, correlation };
     match desk.upstreams[upstream].request(desk.now, owner, frame.body, timeout, charge) {
         Ok(request) => source.session.start_request(correlation, upstream, request),
         Err(failure) => source.tell_control(Kind::Failure, correlation, &failure),
@@ -736,9 +736,8 @@ fn ask_lease(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, header: Fra
     let asked = match source.session.upstream(header.upstream) {
         Some(upstream) => {
             desk.touch(upstream);
-            let owner = Owner { source: id, correlation };
-            let uid = source.session.peer.uid;
-            desk.upstreams[upstream].lease(desk.now, owner, uid, timeout)
+            let owner = Owner { source: id, uid: source.session.peer.uid, correlation };
+            desk.upstreams[upstream].lease(desk.now, owner, timeout)
         }
         None => {
             let reason = Reason::UnknownUpstream;
@@ -936,7 +935,7 @@ fn cut_step(desk: &mut Desk<'_>, source: &mut Source, id: SourceId, taken: &mut 
             let body = &buffer.unread()[body];
             if let Io::Socketpair(_) = io {
                 taken.messages += 1;
-                let owner = Owner { source: id, correlation: 0 };
+                let owner = Owner { source: id, uid: session.peer.uid, correlation: 0 };
                 let Ok(charge) = account.charge(Resource::QueuedBytes, body.len()) else {
                     return Step::Stop(Served::Ended(Reason::Quota));
                 };

@@ -695,7 +695,7 @@ mod tests {
 
         // The reply takes it along.
         tell(&mut sources, *asking);
-        sources.reply(Owner { source: *asking, correlation: 7 }, b"reply");
+        sources.reply(Owner { source: *asking, uid: 1, correlation: 7 }, b"reply");
         assert_eq!(sources.pop_due(), Some(*asking));
     }
 }

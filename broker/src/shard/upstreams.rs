@@ -143,7 +143,7 @@ mod tests {
         assert_eq!(upstreams[1].config.name, "it-1");
         assert_eq!(upstreams.stirred(0), None, "reading changes nothing");
         let now = Time::from_start(Duration::from_secs(1));
-        let owner = Owner { source: SourceId::default(), correlation: 1 };
+        let owner = Owner { source: SourceId::default(), uid: 1, correlation: 1 };
         // Without an address it waits.
         let acquired = upstreams[1].pool.request(now, owner, None, false);
         assert!(matches!(acquired, Acquire::Queued { .. }), "{acquired:?}");

@@ -164,6 +164,12 @@ impl World {
         *self.ledgers.keys().nth(index % self.ledgers.len()).unwrap()
     }
 
+    /// Each source is a user of its own.
+    fn uid_of(&self, source: SourceId) -> u32 {
+        let place = self.ledgers.keys().position(|other| *other == source);
+        u32::try_from(place.unwrap()).unwrap()
+    }
+
     pub fn close_down(&mut self) {
         self.pool.close_down(self.now);
         self.carry_out();
@@ -186,7 +192,7 @@ impl World {
         is_last: bool,
     ) -> Result<RequestId, Reason> {
         self.asks += 1;
-        let owner = Owner { source, correlation: self.asks };
+        let owner = Owner { source, uid: self.uid_of(source), correlation: self.asks };
         let deadline = patience.map(|milliseconds| self.now + ms(milliseconds));
         let answer = match self.pool.request(self.now, owner, deadline, is_last) {
             Acquire::Granted { request, conn, tag } => {
@@ -332,10 +338,10 @@ impl World {
 
     pub fn lease_as(&mut self, source: SourceId, uid: u32, patience: Option<u64>) {
         self.lease_asks += 1;
-        let owner = Owner { source, correlation: self.lease_asks };
+        let owner = Owner { source, uid, correlation: self.lease_asks };
         let deadline = patience.map(|milliseconds| self.now + ms(milliseconds));
         self.wishes.insert(owner.correlation, (source, uid));
-        match self.pool.lease(self.now, owner, uid, deadline) {
+        match self.pool.lease(self.now, owner, deadline) {
             Lend::Granted { lease, conn } => self.pass_on(lease, conn, owner),
             Lend::Queued => {}
             Lend::Refused(_) => {

@@ -22,10 +22,9 @@ impl Upstream {
         &mut self,
         now: Time,
         owner: Owner,
-        uid: u32,
         timeout: Option<Duration>,
     ) -> Result<(), Failure> {
-        match self.pool.lease(now, owner, uid, timeout.map(|timeout| now + timeout)) {
+        match self.pool.lease(now, owner, timeout.map(|timeout| now + timeout)) {
             Lend::Granted { lease, conn } => {
                 // Passed with everything else that is to be done at the end of the turn.
                 self.granted.push((conn, lease, owner));
