@@ -240,6 +240,27 @@ impl Framing {
         }
     }
 
+    /// As [`Framing::encode`], for a body that [`Framing::classify`] did not refuse: it is not looked
+    /// through again.
+    ///
+    /// # Errors
+    /// As [`Framing::encode`].
+    pub fn encode_classified(self, body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
+        match self {
+            Framing::Resp | Framing::Memcached => resp::append(body, out),
+            Framing::Http1 => out.extend_from_slice(body),
+            Framing::Lines
+            | Framing::Crlf
+            | Framing::Prefix { .. }
+            | Framing::Length(_)
+            | Framing::Fixed { .. }
+            | Framing::Netstring
+            | Framing::OctetCounted
+            | Framing::Raw => return self.encode(body, out),
+        }
+        Ok(())
+    }
+
     /// As [`Framing::encode`], for a body that a [`Cutter`] cut from lines: it holds no `\n`, and
     /// is not searched for one again.
     ///

@@ -338,6 +338,9 @@ fn check_encoded(framing: Framing, body: &[u8]) -> bool {
         return false;
     };
     assert!(!matches!(verdict, Verdict::Refused { .. }), "{verdict:?}");
+    let mut again = b"before".to_vec();
+    assert_eq!(framing.encode_classified(body, &mut again), Ok(()));
+    assert_eq!(again, out);
     let out = out.strip_prefix(b"before").expect("it is appended");
     assert!(out.len() <= body.len() + framing.overhead_bytes());
     if out.is_empty() || framing == Framing::Raw {

@@ -9,7 +9,7 @@
 //! reads them, and commands that are not known here are refused: whether data follows them is not
 //! known either.
 
-use super::resp::{Stop, line_break, line_end};
+use super::resp::{Stop, append, line_break, line_end};
 use super::scan::{Look, ReplyLook};
 use super::{Expect, Verdict};
 use crate::reason::Reason;
@@ -441,14 +441,6 @@ pub(super) fn encode_unchecked(body: &[u8], out: &mut Vec<u8>) -> Result<(), Rea
     examine(body).map_err(|_| Reason::Malformed)?;
     append(body, out);
     Ok(())
-}
-
-fn append(body: &[u8], out: &mut Vec<u8>) {
-    out.extend_from_slice(body);
-    // Data ends with a line break, too.
-    if body.last() != Some(&b'\n') {
-        out.extend_from_slice(b"\r\n");
-    }
 }
 
 #[cfg(test)]

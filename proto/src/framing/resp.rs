@@ -120,6 +120,14 @@ pub(super) fn line_end(bytes: &[u8], searched: &mut usize) -> Result<usize, Stop
 /// The length that stands at `at` with its line break, and the place behind both. As Redis has it:
 /// no sign, no zero in front.
 fn length(bytes: &[u8], at: usize) -> Result<(usize, usize), Stop> {
+    // Nearly every one has one digit or two.
+    match bytes.get(at..).unwrap_or_default() {
+        [one @ b'0'..=b'9', b'\r', b'\n', ..] => return Ok((usize::from(one - b'0'), at + 3)),
+        [ten @ b'1'..=b'9', one @ b'0'..=b'9', b'\r', b'\n', ..] => {
+            return Ok((usize::from(ten - b'0') * 10 + usize::from(one - b'0'), at + 4));
+        }
+        _ => {}
+    }
     let mut value = 0u64;
     for (index, &byte) in bytes.get(at..).unwrap_or_default().iter().enumerate() {
         match byte {
@@ -427,12 +435,17 @@ pub(super) fn encode(body: &[u8], out: &mut Vec<u8>) -> Result<(), Reason> {
     if stateful(&array).is_some() {
         return Err(Reason::Stateful);
     }
+    append(body, out);
+    Ok(())
+}
+
+/// Appends a command that was found fit to go onto a shared connection.
+pub(super) fn append(body: &[u8], out: &mut Vec<u8>) {
     out.extend_from_slice(body);
-    // An array ends with a line break, too.
+    // An array, and data of memcached, end with a line break, too.
     if body.last() != Some(&b'\n') {
         out.extend_from_slice(b"\r\n");
     }
-    Ok(())
 }
 
 /// Appends the command that consists of these words, whatever bytes they hold.

@@ -264,7 +264,7 @@ impl Upstream {
                 .of_request(body)
                 .ok_or_else(|| (Reason::Malformed, "it ends before its id".to_owned()))?,
         };
-        framing.encode(body, bytes).map_err(refused)?;
+        framing.encode_classified(body, bytes).map_err(refused)?;
         let behind = usize::from(framing == Framing::Netstring);
         let body_at = bytes.len().saturating_sub(body.len() + behind);
         Ok((Meta { expect, body_at, client_id, charge: Some(charge) }, is_last))

@@ -93,7 +93,7 @@ fn encode_framed(framing: Framing, body: &[u8], out: &mut Vec<u8>) -> Result<(),
         Framing::Http1 => match framing.classify(body) {
             Verdict::Last(_) => Err(Reason::Stateful),
             Verdict::Refused { reason, .. } => Err(reason),
-            Verdict::One(_) | Verdict::None => framing.encode(body, out),
+            Verdict::One(_) | Verdict::None => framing.encode_classified(body, out),
         },
         framing => framing.encode(body, out),
     }
