@@ -340,10 +340,16 @@ fn push(
     let copies = desk.upstreams[upstream].copies.clone();
     let mut pushed = match copies {
         None => stage(&mut desk.upstreams[upstream]),
-        Some(copies) => push_copies(desk, session, handle, copies, bytes, &mut stage),
+        Some(copies) => {
+            if copies.clone().any(|copy| desk.upstreams[copy].drops_oldest_for(bytes)) {
+                // What this run staged has to be accepted before it can make room.
+                accept(desk, session, id, taken);
+            }
+            push_copies(desk, session, handle, copies, bytes, &mut stage)
+        }
     };
     if pushed == Push::Dropped && taken.run.is_some() {
-        // What this run staged has to be accepted before it can make room.
+        // The same here.
         accept(desk, session, id, taken);
         pushed = stage(&mut desk.upstreams[upstream]);
     }
@@ -376,16 +382,17 @@ fn push_copies(
     if copies.clone().any(|copy| desk.upstreams[copy].holds_up(bytes)) {
         return Push::Full;
     }
+    let mut dropped = Vec::new();
     for copy in copies.clone() {
-        let outlet = &mut desk.upstreams[copy];
-        match stage(outlet) {
+        match stage(&mut desk.upstreams[copy]) {
             Push::Staged => {}
-            Push::Full | Push::Dropped => {
-                drop_unqueued(outlet, session, handle, 1, Reason::QueueFull);
-            }
-            // All of them judge alike, so it is the first one that does.
+            Push::Full | Push::Dropped => dropped.push(copy),
+            // All of them judge alike, but one without room may not have looked.
             Push::Refused(reason) => return Push::Refused(reason),
         }
+    }
+    for copy in dropped {
+        drop_unqueued(&mut desk.upstreams[copy], session, handle, 1, Reason::QueueFull);
     }
     session.handle_copies(handle, copies.len().saturating_sub(1) as u64);
     Push::Staged

@@ -234,6 +234,12 @@ impl Upstream {
             && !self.pool.has_room(bytes + self.wire.overhead_bytes())
     }
 
+    /// Whether the oldest messages give way to one of `bytes`.
+    pub fn drops_oldest_for(&self, bytes: usize) -> bool {
+        self.config.overflow == Overflow::DropOldest
+            && !self.pool.has_room(bytes + self.wire.overhead_bytes())
+    }
+
     /// When [`Upstream::handle_timeout`] is due.
     pub fn next_deadline(&self) -> Option<Time> {
         let pauses = self.lanes.iter().filter_map(|lane| lane.pause).map(|pause| pause.until);
