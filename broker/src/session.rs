@@ -362,11 +362,20 @@ impl Session {
     }
 
     /// Some accepted messages to `upstream` have their outcome.
-    pub fn handle_settled(&mut self, upstream: usize, settled: Settled, messages: u64) {
-        let handle = self.handles.iter_mut().find(|handle| handle.upstream == Some(upstream));
-        if let Some(handle) = handle {
-            handle.ledger.settle(settled, messages);
+    pub fn handle_settled(&mut self, upstream: usize, settled: Settled, mut messages: u64) {
+        // A ring from an earlier broker may name an upstream twice.
+        for handle in self.handles.iter_mut().filter(|handle| handle.upstream == Some(upstream)) {
+            let queued = handle.ledger.accepted.saturating_sub(handle.ledger.settled());
+            let now = match settled {
+                Settled::Sent | Settled::Dropped(_) | Settled::Expired => messages.min(queued),
+                Settled::InDoubt => messages,
+            };
+            handle.ledger.settle(settled, now);
             handle.complete_flushes(&mut self.actions);
+            messages -= now;
+            if messages == 0 {
+                return;
+            }
         }
     }
 
@@ -500,6 +509,20 @@ mod tests {
         assert_eq!(session.poll_action(), None);
         session.handle_settled(10, Settled::Sent, 1);
         assert!(session.poll_action().is_some());
+    }
+
+    #[test]
+    fn an_upstream_that_a_ring_names_twice_has_no_more_outcomes_than_messages() {
+        let mut session = connected();
+        (0..2).for_each(|_| session.reopen(Some(10)).unwrap());
+        session.handle_accepted(1, 3);
+        session.handle_accepted(0, 1);
+        session.handle_settled(10, Settled::Sent, 3);
+        assert!(!session.is_settled());
+        session.handle_settled(10, Settled::Expired, 1);
+        assert!(session.is_settled());
+        let outcomes = [session.outcomes(0), session.outcomes(1)];
+        assert_eq!(outcomes.map(|it| (it.accepted, it.queued())), [(1, 0), (3, 0)]);
     }
 
     #[test]

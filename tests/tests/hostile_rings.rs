@@ -16,7 +16,7 @@ use poolbroker_proto::reason::Reason;
 use poolbroker_proto::ring::Urgency;
 use poolbroker_tests::Broker;
 use poolbroker_tests::broker::list;
-use poolbroker_tests::peers::{TcpSink, UdpSink};
+use poolbroker_tests::peers::{TcpSink, UdpSink, unused_port};
 use poolbroker_tests::raw::{RawClient, control, frame};
 use poolbroker_tests::raw_ring::{CAPACITY, RawRing, Resumed};
 use rustix::fs::{FallocateFlags, OFlags, fallocate, fcntl_setfl};
@@ -371,4 +371,14 @@ fn a_second_ring_for_one_session_is_refused_and_the_first_one_works_on() {
     assert_eq!(refused.failure().reason, Reason::BadRing);
     scene.hostile.send(scene.handle, b"works on");
     assert_eq!(scene.hostile.flush(scene.handle).sent, 1);
+}
+
+#[test]
+fn a_ring_is_opened_only_where_nothing_waits_for_its_outcome() {
+    let broker = Broker::start(&[format!("down=tcp://127.0.0.1:{}", unused_port())]);
+    let (mut client, _) = RawClient::welcomed(broker.runtime_dir());
+    let handle = client.open("down");
+    client.send(handle, b"by the socket");
+    let refused = RawRing::open(client, CAPACITY).err().unwrap();
+    assert_eq!(refused.reason, Reason::BadRing, "{refused:?}");
 }

@@ -68,6 +68,13 @@ impl Shard {
         if source.ring.is_some() {
             return Err((Reason::BadRing, "the session has its rings already".to_owned()));
         }
+        // Those would be taken for the first ones of the ring.
+        if !source.session.is_settled() {
+            return Err((
+                Reason::BadRing,
+                "messages of the session have no outcome yet".to_owned(),
+            ));
+        }
         let (account, bytes) = (&source.account, Header::region_bytes(capacity));
         let memory = account.charge(Resource::RingBytes, bytes).map_err(|exceeded| {
             refused("bytes of rings (ring_bytes_max_per_uid)", exceeded.limit)
