@@ -11,6 +11,7 @@
 
 mod entry;
 mod fixed;
+mod idle;
 mod on_connect;
 
 use std::fmt;
@@ -44,6 +45,8 @@ pub struct Config {
     pub socket: SocketAccess,
     /// Limits of the broker as a whole, of its sessions and of its users.
     pub broker: BrokerLimits,
+    /// What is set and has no effect: where, and why.
+    pub idle_settings: Vec<ConfigError>,
 }
 
 /// One upstream.
@@ -425,7 +428,8 @@ impl Config {
             match entry.key {
                 "upstream" => {
                     for upstream in source.entries("upstream", entry.table()?) {
-                        config.upstreams.push(read_upstream(&upstream)?);
+                        let idle_settings = &mut config.idle_settings;
+                        config.upstreams.push(read_upstream(&upstream, idle_settings)?);
                     }
                 }
                 "dynamic" => config.dynamic = read_dynamic(&entry)?,
@@ -592,7 +596,10 @@ impl Default for SocketAccess {
     }
 }
 
-fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
+fn read_upstream(
+    section: &Entry<'_>,
+    idle_settings: &mut Vec<ConfigError>,
+) -> Result<UpstreamConfig, ConfigError> {
     check_upstream_name(section.key)
         .map_err(|problem| section.error_at(section.key_span.start, section.path(), problem))?;
     let entries = section.entries()?;
@@ -635,6 +642,10 @@ fn read_upstream(section: &Entry<'_>) -> Result<UpstreamConfig, ConfigError> {
         }
     }
     check_upstream(&upstream).map_err(|(key, problem)| section.wrong_inside(key, problem))?;
+    idle_settings.extend(entries.iter().filter_map(|entry| {
+        let why = idle::why_idle(entry.key, &upstream)?;
+        Some(entry.wrong(format!("has no effect: {why}")))
+    }));
     Ok(upstream)
 }
 

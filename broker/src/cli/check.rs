@@ -7,7 +7,7 @@ use clap::Args;
 use ipnet::IpNet;
 
 use super::after_help;
-use super::exit::{CommandError, Exit, print};
+use super::exit::{CommandError, Exit, complain, print};
 use super::table::{Table, stdout_takes_colour};
 use crate::balance::Policy;
 use crate::config::{
@@ -16,7 +16,8 @@ use crate::config::{
 
 /// Check a configuration file and print the limits in force.
 ///
-/// Nothing is started, and no host name or group is looked up.
+/// Nothing is started, and no host name or group is looked up. Settings that have no effect are told
+/// on standard error.
 #[derive(Debug, Args)]
 #[command(after_help = after_help(EXAMPLES))]
 pub struct Check {
@@ -34,6 +35,9 @@ impl Check {
     pub fn run(&self) -> Result<Exit, CommandError> {
         let config = Config::load(&self.file);
         let config = config.map_err(|error| CommandError::usage(error.to_string()))?;
+        for idle in &config.idle_settings {
+            complain(&format!("warning: {idle}"));
+        }
         print(describe(&config, stdout_takes_colour()).as_bytes())?;
         Ok(Exit::Done)
     }

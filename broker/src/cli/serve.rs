@@ -56,6 +56,7 @@ impl Serve {
         let config = self.configuration()?;
         let started = Signals::block().and_then(|signals| {
             let _log = start_log(self.log);
+            config.idle_settings.iter().for_each(|idle| tracing::warn!("{idle}"));
             control::run(config, runtime_dir, signals)
         });
         match started {
