@@ -2,7 +2,7 @@
 //!
 //! Start: the runtime directory is made and judged, its lock taken, stale sockets removed by the
 //! holder of the lock alone, FIFOs and sockets opened, threads started. Then it waits: a first
-//! SIGTERM, SIGINT or SIGHUP drains, a second one stops at once; `status` is asked of the shard
+//! SIGTERM, SIGINT or SIGHUP drains, a later one stops at once; `status` is asked of the shard
 //! and formatted here, also while draining.
 
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -25,7 +25,7 @@ use poolbroker_proto::runtime_dir::RuntimeDir;
 
 use crate::closer::Closer;
 use crate::config::{
-    ADMIN_REST_MS, ADMIN_TIMEOUT, COMMANDS_MAX, QUESTION_BYTES_MAX, SHARD_TIMEOUT,
+    ADMIN_REST_MS, ADMIN_TIMEOUT, COMMANDS_MAX, QUESTION_BYTES_MAX, SHARD_TIMEOUT, SIGNALS_TOGETHER,
 };
 use crate::config::{Config, SocketAccess};
 use crate::mailbox::{MailSender, Mailbox, mailbox};
@@ -327,7 +327,7 @@ struct Control {
 impl Control {
     /// Serves until the shard has ended; `None` when it did not say how.
     fn serve(&self) -> Option<Result<Ending, io::Error>> {
-        let mut is_draining = false;
+        let mut draining_since: Option<Instant> = None;
         let mut admin_rests = false;
         loop {
             // Without a free descriptor the admin socket stays readable: it rests for a moment.
@@ -350,13 +350,13 @@ impl Control {
                 Err(TryRecvError::Empty) => {}
             }
             while let Ok(Some(signal)) = self.signals.0.read_signal() {
-                let command = if is_draining { Command::Stop } else { Command::Drain };
-                tracing::info!(
-                    signal = signal.ssi_signo,
-                    "{}",
-                    if is_draining { "stopping at once" } else { "draining" }
-                );
-                is_draining = true;
+                let (command, what) = match draining_since {
+                    None => (Command::Drain, "draining"),
+                    Some(since) if since.elapsed() < SIGNALS_TOGETHER => continue,
+                    Some(_) => (Command::Stop, "stopping at once"),
+                };
+                tracing::info!(signal = signal.ssi_signo, "{what}");
+                draining_since.get_or_insert_with(Instant::now);
                 self.commands.send(command);
             }
             admin_rests = match self.admin.accept() {

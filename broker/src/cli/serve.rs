@@ -17,7 +17,7 @@ use crate::control::{self, Ending, Signals};
 /// Run the broker in the foreground until SIGTERM, SIGINT or SIGHUP; there is no reload.
 ///
 /// At the signal it takes no new sessions, reads what its FIFOs, pipes and sockets still hold,
-/// sends everything and ends; a second signal ends it at once.
+/// sends everything and ends; a second signal, not right behind the first, ends it at once.
 #[derive(Debug, Args)]
 #[command(after_help = after_help(EXAMPLES), after_long_help = after_long_help())]
 pub struct Serve {

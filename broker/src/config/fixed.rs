@@ -302,6 +302,10 @@ pub const RESOLVER_QUEUE_MAX: usize = 4_096;
 /// Descriptors that may wait for the thread; more wait with the shard.
 pub const CLOSER_QUEUE_MAX: usize = 1_024;
 
+/// Signals that come so close together are one: timeout(1) signals its child and then its group, and
+/// systemd may send SIGHUP behind SIGTERM.
+pub const SIGNALS_TOGETHER: Duration = ms(100);
+
 /// How long the admin socket rests when a client of it cannot be accepted, in milliseconds.
 pub const ADMIN_REST_MS: u16 = 100;
 
