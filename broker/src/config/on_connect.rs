@@ -54,6 +54,11 @@ impl Greeting {
         self.secret.is_some()
     }
 
+    /// Its first word: all of it that may be logged, as there are secrets written out.
+    pub fn command(&self) -> &str {
+        self.send.split_whitespace().next().unwrap_or_default()
+    }
+
     /// Reads the secret and writes the request as `framing` has it. What is wrong names where the
     /// secret should be, and never the secret.
     pub fn spell(&self, framing: Framing) -> Result<Spell, String> {

@@ -49,9 +49,13 @@ impl Upstream {
                     let reply = buffer.unread().get(body).unwrap_or_default();
                     if !self.is_as_expected(step, reply) {
                         if self.pool.last_failure() != Some(Reason::OnConnect) {
+                            let greeting = self.config.on_connect.get(step);
+                            let expect = greeting.and_then(|greeting| greeting.expect.as_deref());
                             tracing::warn!(
                                 upstream = self.config.name,
-                                step,
+                                step = step + 1,
+                                sent = greeting.map_or("", Greeting::command),
+                                expect = %expect.unwrap_or(b"no error").escape_ascii(),
                                 reply = self.printable(step, reply),
                                 "a reply to on_connect is not as expected"
                             );
