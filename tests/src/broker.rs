@@ -321,6 +321,14 @@ impl Broker {
         fs::read_dir(self.proc_path("fd")).expect("the broker runs").count()
     }
 
+    /// How many descriptors its epoll instances watch (proc_pid_fdinfo(5)).
+    pub fn watched_count(&self) -> usize {
+        let infos = fs::read_dir(self.proc_path("fdinfo")).expect("the broker runs");
+        // What it closes meanwhile has none.
+        let infos = infos.filter_map(|info| fs::read_to_string(info.ok()?.path()).ok());
+        infos.map(|info| info.lines().filter(|line| line.starts_with("tfd:")).count()).sum()
+    }
+
     /// Threads.
     pub fn thread_count(&self) -> usize {
         fs::read_dir(self.proc_path("task")).expect("the broker runs").count()

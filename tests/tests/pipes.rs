@@ -166,6 +166,23 @@ fn a_socketpair_carries_requests_in_and_replies_out() {
 }
 
 #[test]
+fn a_socketpair_ends_for_both_though_its_client_kept_a_copy() {
+    let echo = TcpEcho::start();
+    let broker = Broker::start(&[format!("echo={}", echo.url())]);
+    let (mut client, handle) = client(&broker, "echo");
+    let before = broker.watched_count();
+    let (mut own, passed) = UnixStream::pair().unwrap();
+    attach(&mut client, handle, Attachment::Socketpair, &passed);
+    own.shutdown(Shutdown::Write).unwrap();
+    client.next_detached();
+    own.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(own.read(&mut [0]).unwrap(), 0, "the end shows");
+    // The pidfd of the client stays watched as long as the client is there.
+    wait_for("it is not watched", || (broker.watched_count() <= before + 1).then_some(()));
+    drop(passed);
+}
+
+#[test]
 fn a_socketpair_speaks_the_protocol_of_its_upstream_both_ways() {
     for (framing, before, question, reply) in [
         ("resp", "", "*2\r\n$3\r\nGET\r\n$1\r\nk\r\n", "$1\r\nv\r\n"),

@@ -94,10 +94,10 @@ impl Io {
         }
     }
 
-    /// Whether [`Io::into_closing`] closes it for certain.
+    /// Whether [`Io::into_closing`] closes it for certain, and nobody else has it.
     pub fn closes_at_once(&self) -> bool {
         match self {
-            Io::Unix(socket) | Io::Socketpair(socket) => socket.is_at_end(),
+            Io::Unix(socket) | Io::Socketpair(socket) => socket.closes_at_once(),
             Io::Fifo(_) | Io::Pipe(_) => false,
         }
     }

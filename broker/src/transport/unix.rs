@@ -63,19 +63,26 @@ pub struct UnixSocket {
     /// The stream.
     pub stream: Stream,
     descriptors: VecDeque<OwnedFd>,
+    /// Its client may have a copy.
+    is_passed: bool,
     /// Read to its end: nothing stands in it, and nothing more comes.
     is_at_end: bool,
 }
 
 impl UnixSocket {
     fn new(socket: OwnedFd) -> Self {
-        UnixSocket { stream: Stream::new(socket), descriptors: VecDeque::new(), is_at_end: false }
+        UnixSocket {
+            stream: Stream::new(socket),
+            descriptors: VecDeque::new(),
+            is_passed: false,
+            is_at_end: false,
+        }
     }
 
     /// A passed end of a socketpair. Refused unless it is an unnamed Unix stream: a client's own
     /// end of the client socket has a named peer, and would keep its session alive for ever (M8).
     pub fn from_passed(socket: OwnedFd) -> Result<Self, OwnedFd> {
-        let socket = UnixSocket::new(socket);
+        let socket = UnixSocket { is_passed: true, ..UnixSocket::new(socket) };
         if !socket.is_unnamed_stream() {
             return Err(socket.stream.socket);
         }
@@ -129,17 +136,19 @@ impl UnixSocket {
         self.descriptors.len()
     }
 
-    /// Whether it was read to its end, so that [`UnixSocket::into_closing`] closes it.
-    pub fn is_at_end(&self) -> bool {
-        self.is_at_end
+    /// Whether it was read to its end, so that [`UnixSocket::into_closing`] closes it, and nobody
+    /// else has it, so that this is all there is to do.
+    pub fn closes_at_once(&self) -> bool {
+        self.is_at_end && !self.is_passed
     }
 
     /// Ends the socket, and gives what has to be closed elsewhere: the descriptors that came, and
     /// the socket itself if it still holds bytes, since others may have come with those.
     pub fn into_closing(self) -> Vec<OwnedFd> {
+        let closes_at_once = self.closes_at_once();
         let socket = self.stream.socket;
         let mut descriptors = Vec::from(self.descriptors);
-        if self.is_at_end {
+        if closes_at_once {
             return descriptors;
         }
         // From here on nothing more comes.
