@@ -487,13 +487,13 @@ impl Shard {
     fn serve_ready(&mut self) {
         // Whoever comes now and then waits for one run of those who always have more, and not for one
         // of each (RFC 8290, 4.2: new queues before old ones). Those have theirs in turn.
-        let (mut busy_runs, mut has_told) = (0, self.poller.is_quiet());
+        let (mut busy_runs, mut has_news) = (0, !self.poller.is_quiet());
         for _ in 0..self.sources.ready_count() {
             if busy_runs >= BUSY_RUNS_PER_TURN {
                 return;
             }
-            // Nor does what events brought, requests and replies, wait for that run.
-            if !self.sources.has_fresh() && !std::mem::replace(&mut has_told, true) {
+            // Nor do the requests and replies that came wait for that run.
+            if !self.sources.has_fresh() && std::mem::take(&mut has_news) {
                 self.work();
                 self.tell_sources();
             }
@@ -512,6 +512,7 @@ impl Shard {
             };
             let (served, bytes) = intake::serve(&mut desk, &mut self.sources, id);
             if bytes > 0 {
+                has_news |= !is_busy;
                 self.note_found(id, bytes);
             }
             match served {
