@@ -31,6 +31,8 @@ fn the_command_prints_the_reply() {
     let output = output.unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     assert_eq!(output.stdout, b"hello\n");
+    let output = broker.command("request").args(["-n", "echo", "hello"]).output().unwrap();
+    assert_eq!(output.stdout, b"hello");
 
     let mut child = broker
         .command("request")

@@ -29,12 +29,17 @@ pub struct Request {
     /// How long to wait for the reply
     #[arg(long, value_name = "DURATION", value_parser = timeout, default_value_t = REQUEST_TIMEOUT.into())]
     timeout: humantime::Duration,
+
+    /// Print the reply byte for byte: add no newline
+    #[arg(short, long)]
+    no_newline: bool,
 }
 
 const EXAMPLES: &str = "\
 Examples:
   poolbroker request cache PING
   poolbroker request cache 'INCR page:1' --timeout 200ms
+  poolbroker request -n images logo > logo.png
   printf 'PING' | poolbroker request cache -";
 
 impl Request {
@@ -47,7 +52,7 @@ impl Request {
         let deadline = Deadline::after(*self.timeout);
         let client = Client::connect_in(dir.path())?;
         let mut reply = ask(&client.upstream(&self.upstream)?, &body, deadline)?;
-        if !reply.ends_with(b"\n") {
+        if !self.no_newline && !reply.ends_with(b"\n") {
             reply.push(b'\n');
         }
         print(&reply)?;
