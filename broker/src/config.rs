@@ -420,7 +420,7 @@ impl Config {
                 source_name: source_name.to_owned(),
                 line,
                 key: String::new(),
-                problem: format!("not TOML: {}", error.message()),
+                problem: format!("not TOML: {}{}", error.message(), hint(error.message())),
             }
         })?;
         let mut config = Config::default();
@@ -804,6 +804,14 @@ fn read_limits(section: &Entry<'_>) -> Result<BrokerLimits, ConfigError> {
     Ok(limits)
 }
 
+/// What whoever comes from other files may have meant.
+fn hint(message: &str) -> &'static str {
+    match message.contains("leading zero") {
+        true => "; permissions stand in quotes, like mode = \"0622\"",
+        false => "",
+    }
+}
+
 /// Turns the verdict of a limits struct on `entry` into an error with a place.
 fn read_limit(
     entry: &Entry<'_>,
@@ -814,11 +822,26 @@ fn read_limit(
     match set {
         Some(verdict) => verdict.map_err(|problem| entry.wrong(problem)),
         None => {
+            if let Some(home) = home_of(entry.key) {
+                return Err(entry.misplaced(home));
+            }
             let limits = table.iter().map(|row| row.name);
             let known: Vec<_> = other_keys.iter().copied().chain(limits).collect();
             Err(entry.unknown(&known))
         }
     }
+}
+
+/// The section that knows a limit of this name.
+fn home_of(key: &str) -> Option<&'static str> {
+    let homes = [
+        ("[limits]", BrokerLimits::TABLE),
+        ("[upstream.NAME]", UpstreamLimits::TABLE),
+        ("[upstream.NAME.coalesce]", Coalesce::TABLE),
+        ("[dynamic]", Dynamic::TABLE),
+    ];
+    let home = homes.iter().find(|(_, table)| table.iter().any(|row| row.name == key))?;
+    Some(home.0)
 }
 
 /// What no single key can be blamed for; names the key to change, and why.
@@ -994,9 +1017,14 @@ mod tests {
     #[test]
     fn each_mistake_in_an_upstream_is_refused_at_its_line() {
         for (line, says) in [
-            ("waiters_max = -1", "whole number from 0 to"),
-            ("waiters_max = 99999999999999999999", "whole number from 0 to"),
-            ("keepalive_probes = 4294967296", "whole number from 0 to 4294967295"),
+            ("waiters_max = -1", "-1 is out of range: from 0 to 1000000"),
+            ("waiters_max = 99999999999999999999", "is out of range: from 0 to 1000000"),
+            ("keepalive_probes = 4294967296", "4294967296 is out of range: from 1 to 127"),
+            (
+                "resolve_interval = \"5s\"",
+                "unknown key \"resolve_interval\"; it belongs into [limits]",
+            ),
+            ("max_delay = \"5ms\"", "it belongs into [upstream.NAME.coalesce]"),
             ("waiters_max = 1.5", "whole number, not 1.5"),
             ("waiters_max = \"8\"", "whole number, not \"8\""),
             ("connections_min = 9", "9 is more than connections_max, which is 8"),

@@ -275,7 +275,10 @@ fn a_bad_configuration_names_file_line_and_key() {
     for (text, says) in [
         (with_url("conections_max = 1"), ":3: upstream.a: unknown key \"conections_max\""),
         (with_url("connections_max = \"1\""), ":3: upstream.a.connections_max: must be a whole"),
-        (with_url("connections_max = -1"), ":3: upstream.a.connections_max: must be a whole"),
+        (
+            with_url("connections_max = -1"),
+            ":3: upstream.a.connections_max: -1 is out of range: from 1 to 10000",
+        ),
         (with_url("connections_max = 99999999999999999999"), ":3: upstream.a.connections_max: "),
         (with_url("connections_max = 0"), ":3: upstream.a.connections_max: 0 is out of range"),
         (with_url("connections_min = 9"), ":3: upstream.a.connections_min: 9 is more than"),

@@ -126,6 +126,12 @@ impl<'a> Entry<'a> {
         self.error_at(self.key_span.start, self.section.clone(), problem)
     }
 
+    /// The key is known to another section.
+    pub(super) fn misplaced(&self, home: &str) -> ConfigError {
+        let problem = format!("unknown key {:?}; it belongs into {home}", self.key);
+        self.error_at(self.key_span.start, self.section.clone(), problem)
+    }
+
     pub(super) fn table(&self) -> Result<&'a DeTable<'a>, ConfigError> {
         let value = self.value.get_ref();
         value.as_table().ok_or_else(|| self.wrong(expected("a table", value)))
@@ -170,22 +176,30 @@ impl<'a> Entry<'a> {
 /// A value as a limit has it.
 pub(super) trait Setting: PartialOrd + Sized {
     /// Takes a TOML value, or says what form is expected.
-    fn read(value: &DeValue<'_>) -> Result<Self, String>;
+    fn read(value: &DeValue<'_>) -> Result<Self, Misread>;
     /// As it would be written in the file, without quotes.
     fn show(&self) -> String;
+}
+
+/// Why a value cannot be taken.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Misread {
+    /// What form it must have.
+    Form(String),
+    /// No limit is so small or large; the value.
+    OutOfRange(String),
 }
 
 macro_rules! whole_numbers {
     ($($Type:ty)*) => {$(
         impl Setting for $Type {
-            fn read(value: &DeValue<'_>) -> Result<Self, String> {
+            fn read(value: &DeValue<'_>) -> Result<Self, Misread> {
                 let number = match value {
                     DeValue::Integer(number) => number,
-                    _ => return Err(expected("a whole number", value)),
+                    _ => return Err(Misread::Form(expected("a whole number", value))),
                 };
-                <$Type>::from_str_radix(number.as_str(), number.radix()).map_err(|_| {
-                    format!("must be a whole number from 0 to {}, not {number}", <$Type>::MAX)
-                })
+                <$Type>::from_str_radix(number.as_str(), number.radix())
+                    .map_err(|_| Misread::OutOfRange(number.to_string()))
             }
 
             fn show(&self) -> String {
@@ -198,10 +212,10 @@ macro_rules! whole_numbers {
 whole_numbers! { u32 u64 usize }
 
 impl Setting for Duration {
-    fn read(value: &DeValue<'_>) -> Result<Self, String> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Misread> {
         let form = "a duration like \"500ms\", \"30s\" or \"10m\"";
-        let text = value.as_str().ok_or_else(|| expected(form, value))?;
-        humantime::parse_duration(text).map_err(|_| expected(form, value))
+        let parsed = value.as_str().and_then(|text| humantime::parse_duration(text).ok());
+        parsed.ok_or_else(|| Misread::Form(expected(form, value)))
     }
 
     fn show(&self) -> String {
@@ -210,13 +224,14 @@ impl Setting for Duration {
 }
 
 impl Setting for BusyPoll {
-    fn read(value: &DeValue<'_>) -> Result<Self, String> {
+    fn read(value: &DeValue<'_>) -> Result<Self, Misread> {
+        let form = "\"auto\", \"off\" or a duration like \"50us\"";
         match value.as_str() {
             Some("off") => Ok(BusyPoll::Off),
             Some("auto") => Ok(BusyPoll::Auto),
             _ => Duration::read(value)
                 .map(BusyPoll::For)
-                .map_err(|_| expected("\"auto\", \"off\" or a duration like \"50us\"", value)),
+                .map_err(|_| Misread::Form(expected(form, value))),
         }
     }
 
@@ -233,12 +248,14 @@ pub(super) fn read_within<T: Setting>(
     value: &DeValue<'_>,
     range: &RangeInclusive<T>,
 ) -> Result<T, String> {
-    let read = T::read(value)?;
-    if range.contains(&read) {
-        return Ok(read);
-    }
+    let given = match T::read(value) {
+        Ok(read) if range.contains(&read) => return Ok(read),
+        Ok(read) => read.show(),
+        Err(Misread::OutOfRange(given)) => given,
+        Err(Misread::Form(problem)) => return Err(problem),
+    };
     let (least, most) = shown(range);
-    Err(format!("{} is out of range: from {least} to {most}", read.show()))
+    Err(format!("{given} is out of range: from {least} to {most}"))
 }
 
 pub(super) fn shown<T: Setting>(range: &RangeInclusive<T>) -> (String, String) {
