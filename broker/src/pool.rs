@@ -52,6 +52,7 @@ use self::leases::Leases;
 pub use self::leases::Lend;
 use self::one_way::Lane;
 use self::places::Places;
+use self::turns::Turns;
 use self::waiters::Waiters;
 use crate::balance::{Balance, BalanceLimits, Breaker, Health, Policy};
 use crate::coalesce::Coalescer;
@@ -390,6 +391,8 @@ pub struct Pool {
     /// where a connection carries one at a time.
     with_room: VecDeque<ConnId>,
     waiters: Waiters,
+    /// Of those, and of whoever waits for a lease.
+    turns: Turns,
     leases: Leases,
     retry_budget: RetryBudget,
     in_flight: InFlight,
@@ -443,6 +446,7 @@ impl Pool {
             returned: Vec::new(),
             with_room: VecDeque::new(),
             waiters: Waiters::new(),
+            turns: Turns::default(),
             leases: Leases::default(),
             retry_budget: RetryBudget::new(limits.retry_budget_percent),
             in_flight: InFlight::new(settings.matching, settings.seed),
@@ -526,8 +530,8 @@ impl Pool {
 
     /// Since when somebody waits.
     pub fn oldest_waiter(&self) -> Option<Time> {
-        let firsts = self.waiters.firsts().filter_map(|request| self.in_flight.get(request));
-        firsts.map(|request| request.asked_at).min()
+        let oldest = self.waiters.oldest().filter_map(|request| self.in_flight.get(request));
+        oldest.map(|request| request.asked_at).min()
     }
 
     /// The slot of a connection with that tag.
@@ -650,7 +654,8 @@ impl Pool {
         let request = self.in_flight.insert(owner, now, caller_deadline, is_last, deadline);
         self.deadlines.insert(deadline, Timer::Request(request));
         self.line_up(now);
-        self.waiters.push_back(request, owner.uid, self.line_of(now, request));
+        let came = self.turns.begin(owner.uid);
+        self.waiters.push(request, owner.uid, came, self.line_of(now, request));
         self.want_connections(now);
         Acquire::Queued { request }
     }

@@ -58,7 +58,8 @@ fn a_wrong_reply_is_a_connect_that_failed_and_secrets_are_never_shown() {
             .wait_until_upstream("it", |it| count_of(it, "connections_closed", "on_connect") > 0);
         let shown =
             [refused.to_string(), status.to_string(), broker.status().to_string(), broker.stderr()];
-        for told in ["not as expected", "step=1", "AUTH", "expect=+OK"] {
+        // The framing knows no commands: any word may be the secret.
+        for told in ["not as expected", "step=1", "sent=\"\"", "expect=+OK"] {
             assert!(shown[3].contains(told), "{told}: {}", shown[3]);
         }
         for text in shown {

@@ -206,6 +206,11 @@ impl Pool {
             self.serve_waiters(now);
             return;
         }
+        let is_full = self.places.open + self.wanting_lanes() >= self.connections_max();
+        if is_lent && is_full && !self.waiters.is_empty() {
+            // It serves no request, and it is a request's turn: what takes its place does.
+            return self.close(conn, Reason::MakeRoom);
+        }
         // The requests that came first had been given up.
         if self.lend_to_waiter(now, conn) {
             return;
@@ -243,14 +248,15 @@ impl Pool {
             if self.line_up(now) {
                 passed_over = 0;
             }
-            let lines = self.waiters.lines().filter(|(line, ..)| passed_over & (1 << line) == 0);
+            let lines = self.waiters.lines(&self.turns);
+            let lines = lines.filter(|(line, ..)| passed_over & (1 << line) == 0);
             let Some((line, request, _)) = lines.min_by_key(|(_, _, turn)| *turn) else { break };
             let Some(entry) = self.in_flight.get(request) else { break };
             let owner = entry.owner;
             if entry.caller_deadline.is_some_and(|deadline| deadline <= now) {
                 self.end_request(now, request, RequestEnd::TimedOut);
             } else if let Some(conn) = self.select(now, owner) {
-                self.waiters.take(request);
+                self.serve_waiter(request);
                 if let Some(tag) = self.grant(now, request, conn) {
                     self.actions.push_back(Action::Dispatch { conn, request, tag });
                 }
@@ -267,16 +273,16 @@ impl Pool {
     /// timers run after events, and what nobody wants any more is not sent.
     fn next_waiter(&mut self, now: Time, remote: SocketAddr) -> Option<RequestId> {
         self.line_up(now);
-        let line = match self.waiters.first_of(0) {
+        let line = match self.waiters.first_of(&self.turns, 0) {
             Some(_) => 0,
             None => 1 + self.balance.index_of(remote)?,
         };
-        while let Some(request) = self.waiters.first_of(line) {
+        while let Some(request) = self.waiters.first_of(&self.turns, line) {
             let entry = self.in_flight.get(request)?;
             if entry.caller_deadline.is_some_and(|deadline| deadline <= now) {
                 self.end_request(now, request, RequestEnd::TimedOut);
             } else if self.balance.may_serve(now, Some(key(entry.owner)), remote) {
-                self.waiters.take(request);
+                self.serve_waiter(request);
                 return Some(request);
             } else {
                 // Nor may it serve another one in that line.
@@ -284,6 +290,20 @@ impl Pool {
             }
         }
         None
+    }
+
+    /// A request waits no more: it has a connection.
+    fn serve_waiter(&mut self, request: RequestId) {
+        if let Some(uid) = self.waiters.remove(request) {
+            self.turns.serve(uid);
+        }
+    }
+
+    /// A request waits no more, and gets none.
+    fn forget_waiter(&mut self, request: RequestId) {
+        if let Some(uid) = self.waiters.remove(request) {
+            self.turns.end(uid);
+        }
     }
 
     /// Whoever waits stands where its address is now: whether somebody had to move.
@@ -357,7 +377,8 @@ impl Pool {
         self.retried += u64::from(is_retry);
         self.deadlines.insert(deadline, Timer::Request(request));
         self.line_up(now);
-        self.waiters.push_front(request, uid, self.line_of(now, request));
+        let came = self.turns.begin_first(uid);
+        self.waiters.push(request, uid, came, self.line_of(now, request));
     }
 
     pub(super) fn handle_wait_over(&mut self, now: Time, request: RequestId) {
@@ -367,7 +388,7 @@ impl Pool {
         let by_caller = entry.caller_deadline.is_some_and(|deadline| deadline <= now);
         let end =
             if by_caller { RequestEnd::TimedOut } else { RequestEnd::Refused(Reason::WaitTimeout) };
-        self.waiters.remove(request);
+        self.forget_waiter(request);
         self.fail(now, request, end, Left::Nothing);
     }
 
@@ -379,7 +400,7 @@ impl Pool {
         match entry.place {
             Place::Waiting { deadline } => {
                 self.deadlines.remove(deadline, Timer::Request(request));
-                self.waiters.remove(request);
+                self.forget_waiter(request);
                 self.fail(now, request, end, Left::Nothing);
             }
             Place::On { conn, tag } => {
@@ -451,7 +472,8 @@ impl Pool {
         let Some(reason) = self.balance.fail_fast(now).filter(|_| self.places.exchange == 0) else {
             return;
         };
-        for request in self.waiters.take_all() {
+        for request in self.waiters.all() {
+            self.forget_waiter(request);
             if let Some(Place::Waiting { deadline }) =
                 self.in_flight.get(request).map(|entry| entry.place)
             {

@@ -11,12 +11,10 @@
 //! Whoever held a connection may have kept a copy of its descriptor. So one that was returned
 //! serves only later leases of the same user, never requests.
 
-use std::collections::BTreeMap;
-
 use poolbroker_proto::reason::Reason;
 use slotmap::SlotMap;
 
-use super::turns::{Turn, Turns};
+use super::turns::{Queue, Turn, makes_way_for};
 use super::{Action, Pool, State, Timer, earliest};
 use crate::ids::{ConnId, LeaseId, SourceId};
 use crate::inflight::Owner;
@@ -44,13 +42,12 @@ pub enum Lend {
 #[derive(Debug, Clone, Copy)]
 struct Lease {
     owner: Owner,
-    asked_at: Time,
     /// Until when its owner wants it.
     caller_deadline: Option<Time>,
     /// None: it waits.
     conn: Option<ConnId>,
-    /// While it waits.
-    turn: Option<Turn>,
+    /// When it began to wait, while it does.
+    came: Option<i64>,
     /// Who had that connection before.
     lent_before: Option<u32>,
     /// Until when it waits.
@@ -77,8 +74,7 @@ pub struct LeaseCounts {
 #[derive(Debug, Default)]
 pub(super) struct Leases {
     table: SlotMap<LeaseId, Lease>,
-    waiters: BTreeMap<Turn, LeaseId>,
-    turns: Turns,
+    waiters: Queue<LeaseId>,
     pub(super) counts: LeaseCounts,
 }
 
@@ -129,10 +125,9 @@ impl Pool {
         let wait_deadline = earliest(now + self.settings.limits.wait_timeout, caller_deadline);
         let wish = Lease {
             owner,
-            asked_at: now,
             caller_deadline,
             conn: None,
-            turn: None,
+            came: None,
             lent_before: None,
             wait_deadline,
         };
@@ -151,15 +146,16 @@ impl Pool {
         let (waiting, waiters_max) = (self.lease_waiters(), self.settings.limits.waiters_max);
         if waiting >= waiters_max {
             // As with requests.
-            let way = self.leases.turns.makes_way_for(owner.uid).filter(|_| waiting == waiters_max);
-            let Some(other) = way.and_then(|turn| self.leases.waiters.get(&turn)).copied() else {
+            let waiters = &self.leases.waiters;
+            let way = makes_way_for(owner.uid, waiters.counts()).filter(|_| waiting == waiters_max);
+            let Some((_, other)) = way.and_then(|greediest| waiters.last_of(greediest)) else {
                 return self.refuse_lease(Reason::WaitersFull);
             };
             self.give_up_lease(other, Reason::WaitersFull);
         }
         let lease = self.leases.table.insert(wish);
-        let turn = self.leases.turns.push_back(owner.uid);
-        self.wait_for_lease(lease, turn);
+        let came = self.turns.begin(owner.uid);
+        self.wait_for_lease(lease, came);
         self.want_connections(now);
         Lend::Queued
     }
@@ -252,19 +248,19 @@ impl Pool {
     }
 
     pub(super) fn refuse_lease_waiters(&mut self, reason: Reason) {
-        for lease in self.leases.waiters.values().copied().collect::<Vec<_>>() {
+        for lease in self.leases.waiters.all() {
             self.give_up_lease(lease, reason);
         }
     }
 
-    /// Whether a connection that carries nothing goes to whoever waits for a lease: it may serve
-    /// nothing else, or that one waited longer than the first request.
+    /// Whether a connection that carries nothing goes to whoever waits for a lease, and not to a request
+    /// whose turn is later.
     pub(super) fn lends_next(&self, conn: ConnId) -> bool {
-        let Some(lease) = self.lease_waiter_for(conn).filter(|_| self.may_lend()) else {
+        let Some((lease, _)) = self.lease_waiter_for(conn).filter(|_| self.may_lend()) else {
             return false;
         };
-        let lease_since = self.leases.table.get(lease).map(|lease| lease.asked_at);
-        self.oldest_waiter().is_none_or(|since| lease_since.is_some_and(|lease| lease < since))
+        let request = self.waiters.lines(&self.turns).map(|(.., turn)| turn).min();
+        request.is_none_or(|request| lease < request)
     }
 
     /// Lends a connection that carries nothing to whoever waits for one: whether somebody does.
@@ -274,8 +270,8 @@ impl Pool {
         }
         let Some(lease) = self.live_lease_waiter_for(now, conn) else { return false };
         let Some(owner) = self.lease_owner(lease) else { return false };
-        if let Some(turn) = self.forget_wait(lease) {
-            self.leases.turns.take(owner.uid, turn);
+        if self.forget_wait(lease) {
+            self.turns.serve(owner.uid);
         }
         self.lend(now, lease, conn);
         self.actions.push_back(Action::Lend { conn, lease, owner });
@@ -285,8 +281,8 @@ impl Pool {
     /// Lends what is idle to those who wait.
     pub(super) fn serve_lease_waiters(&mut self, now: Time) {
         while self.may_lend()
-            && let Some((_, lease)) = self.leases.waiters.first_key_value()
-            && let Some(uid) = self.leases.table.get(*lease).map(|lease| lease.owner.uid)
+            && let Some((_, lease)) = self.leases.waiters.first(&self.turns, |_| true)
+            && let Some(uid) = self.leases.table.get(lease).map(|lease| lease.owner.uid)
             && let Some(conn) = self.take_returned(uid).or_else(|| self.idle.pop())
         {
             if !self.lend_to_waiter(now, conn) {
@@ -302,16 +298,16 @@ impl Pool {
                 record.lent_to = wish.lent_before;
             }
             self.leases.counts.granted -= 1;
-            let turn = self.leases.turns.push_front(wish.owner.uid);
-            self.wait_for_lease(lease, turn);
+            let came = self.turns.begin_first(wish.owner.uid);
+            self.wait_for_lease(lease, came);
         }
     }
 
-    fn wait_for_lease(&mut self, lease: LeaseId, turn: Turn) {
+    fn wait_for_lease(&mut self, lease: LeaseId, came: i64) {
         if let Some(wish) = self.leases.table.get_mut(lease) {
-            wish.turn = Some(turn);
+            wish.came = Some(came);
             self.deadlines.insert(wish.wait_deadline, Timer::Lease(lease));
-            self.leases.waiters.insert(turn, lease);
+            self.leases.waiters.push(wish.owner.uid, came, lease);
         }
     }
 
@@ -325,7 +321,7 @@ impl Pool {
 
     /// The same, once those who gave up meanwhile are gone: timers run after events.
     fn live_lease_waiter_for(&mut self, now: Time, conn: ConnId) -> Option<LeaseId> {
-        while let Some(lease) = self.lease_waiter_for(conn) {
+        while let Some((_, lease)) = self.lease_waiter_for(conn) {
             let deadline = self.leases.table.get(lease)?.caller_deadline;
             if deadline.is_none_or(|deadline| deadline > now) {
                 return Some(lease);
@@ -335,13 +331,10 @@ impl Pool {
         None
     }
 
-    fn lease_waiter_for(&self, conn: ConnId) -> Option<LeaseId> {
+    fn lease_waiter_for(&self, conn: ConnId) -> Option<(Turn, LeaseId)> {
         let lent_to = self.conns.get(conn)?.lent_to;
-        let fits = |lease: &LeaseId| {
-            let uid = self.leases.table.get(*lease).map(|lease| lease.owner.uid);
-            lent_to.is_none() || lent_to == uid
-        };
-        self.leases.waiters.values().copied().find(|lease| fits(lease))
+        let may = |uid| lent_to.is_none_or(|lent_to| lent_to == uid);
+        self.leases.waiters.first(&self.turns, may)
     }
 
     fn lend(&mut self, now: Time, lease: LeaseId, conn: ConnId) {
@@ -377,20 +370,20 @@ impl Pool {
     }
 
     fn forget_lease_waiter(&mut self, lease: LeaseId) -> Option<Owner> {
-        let turn = self.forget_wait(lease);
+        let waited = self.forget_wait(lease);
         let owner = self.leases.table.remove(lease)?.owner;
-        if let Some(turn) = turn {
-            self.leases.turns.remove(owner.uid, turn);
+        if waited {
+            self.turns.end(owner.uid);
         }
         Some(owner)
     }
 
-    /// It does not wait any more; the turn it had.
-    fn forget_wait(&mut self, lease: LeaseId) -> Option<Turn> {
-        let wish = self.leases.table.get_mut(lease)?;
+    /// It does not wait any more: whether it did.
+    fn forget_wait(&mut self, lease: LeaseId) -> bool {
+        let Some(wish) = self.leases.table.get_mut(lease) else { return false };
         self.deadlines.remove(wish.wait_deadline, Timer::Lease(lease));
-        let turn = wish.turn.take()?;
-        self.leases.waiters.remove(&turn);
-        Some(turn)
+        let Some(came) = wish.came.take() else { return false };
+        self.leases.waiters.remove(wish.owner.uid, came);
+        true
     }
 }

@@ -101,7 +101,8 @@ impl Pool {
                 }
                 return;
             }
-            if !self.connect(now, Role::Exchange, self.waiters.first_of(0)) {
+            let first = self.waiters.first_of(&self.turns, 0);
+            if !self.connect(now, Role::Exchange, first) {
                 return;
             }
         }

@@ -68,7 +68,7 @@ impl Pool {
     pub(super) fn connect_for_addresses(&mut self, now: Time) -> usize {
         loop {
             self.line_up(now);
-            if self.waiters.is_empty() || self.waiters.first_of(0).is_some() {
+            if self.waiters.is_empty() || self.waiters.len_of(0) > 0 {
                 return 0;
             }
             let shares = self.shares();
@@ -105,7 +105,8 @@ impl Pool {
         if needy.conns > 0 && taken + left_out >= self.connections_max() {
             return false;
         }
-        self.connect(now, Role::Exchange, self.waiters.first_of(needy.line))
+        let first = self.waiters.first_of(&self.turns, needy.line);
+        self.connect(now, Role::Exchange, first)
     }
 
     /// Of the addresses that want a connect and may have one, that with the fewest connections.
@@ -179,7 +180,7 @@ impl Pool {
                 conns: 0,
             })
             .collect();
-        for (line, _, turn) in self.waiters.lines() {
+        for (line, _, turn) in self.waiters.lines(&self.turns) {
             if let Some(share) = shares.get_mut(line - 1) {
                 share.turn = Some(turn);
             }

@@ -64,6 +64,72 @@ fn waiting_leases_keep_no_request_and_no_other_user_from_waiting() {
 }
 
 #[test]
+fn a_lease_waits_for_one_request_of_another_user_and_not_for_all() {
+    let mut world = tcp(|limits| limits.connections_max = 1);
+    world.ask_times(100);
+    world.lease_as(world.source(1), 1, None);
+    world.connect();
+    let mut served = 0;
+    while world.pool.leases_held() == 0 {
+        let conn = world.pick(0, |_, state| state == State::InUse).unwrap();
+        world.reply(conn);
+        served += 1;
+    }
+    assert!(served <= 2, "{served}");
+}
+
+#[test]
+fn a_request_waits_for_one_lease_of_another_user_and_not_for_all() {
+    let mut world = tcp(|limits| limits.connections_max = 1);
+    (0..30).for_each(|_| world.lease_as(world.source(1), 1, None));
+    world.pass(10);
+    let request = world.ask_as(world.source(0), None).unwrap();
+    let mut served = 0;
+    while world.on(request).is_none() && served < 100 {
+        if let Some(conn) = world.connecting(0) {
+            world.finish_connect(conn, true);
+        }
+        if let Some(lease) = world.lent.keys().next().copied() {
+            world.give_back(lease, Ok(()));
+            served += 1;
+        }
+    }
+    assert!(served <= 2, "{served}");
+}
+
+#[test]
+fn the_oldest_lease_is_not_passed_by_whoever_asks_anew_for_ever() {
+    let mut world = tcp(|limits| {
+        (limits.connections_max, limits.waiters_max) = (1, 100);
+        (limits.wait_timeout, limits.request_timeout) = (ms(60_000), ms(60_000));
+    });
+    let (asking, old, new) = (world.source(0), world.source(1), world.source(2));
+    (0..2).for_each(|_| world.lease_as(old, 11, None));
+    world.pass(10);
+    (0..5).for_each(|_| _ = world.ask_as(asking, None).unwrap());
+    world.connect();
+    let lease = *world.lent.keys().next().unwrap();
+    world.give_back(lease, Err(Reason::LeaseEnded));
+    world.lease_as(new, 12, Some(20));
+    let (mut served, mut left) = (0, 200);
+    while world.pool.leases_held() == 0 && left > 0 {
+        if let Some(conn) = world.connecting(0) {
+            world.finish_connect(conn, true);
+        }
+        let busy = world.pick(0, |_, state| state == State::InUse);
+        world.pass(21);
+        world.lease_as(new, 12, Some(20));
+        world.ask_as(asking, None).unwrap();
+        if let Some(conn) = busy {
+            world.reply(conn);
+            served += 1;
+        }
+        left -= 1;
+    }
+    assert!(served <= 4, "{served} requests, all of them younger, before the oldest lease");
+}
+
+#[test]
 fn a_freed_connection_serves_the_first_waiter_at_once() {
     let mut world = tcp(|limits| limits.connections_max = 1);
     let (first, second, third) = (world.ask(), world.ask(), world.ask());

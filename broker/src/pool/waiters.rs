@@ -6,11 +6,9 @@
 //!
 //! [`Balance::spread`]: crate::balance::Balance::spread
 
-use std::collections::BTreeMap;
-
 use slotmap::SecondaryMap;
 
-use super::turns::{Turn, Turns};
+use super::turns::{Queue, Turn, Turns, makes_way_for};
 use crate::balance::Spread;
 use crate::ids::RequestId;
 
@@ -22,8 +20,7 @@ pub(super) type Line = usize;
 pub(super) struct Waiters {
     places: SecondaryMap<RequestId, Place>,
     /// At least one.
-    lines: Vec<BTreeMap<Turn, RequestId>>,
-    turns: Turns,
+    lines: Vec<Queue<RequestId>>,
     /// For what the lines were made.
     pub(super) spread: Spread,
 }
@@ -32,15 +29,14 @@ pub(super) struct Waiters {
 struct Place {
     uid: u32,
     line: Line,
-    turn: Turn,
+    came: i64,
 }
 
 impl Waiters {
     pub(super) fn new() -> Self {
         Waiters {
             places: SecondaryMap::new(),
-            lines: vec![BTreeMap::new()],
-            turns: Turns::default(),
+            lines: vec![Queue::default()],
             spread: Spread::default(),
         }
     }
@@ -55,78 +51,57 @@ impl Waiters {
 
     /// How many wait in a line.
     pub(super) fn len_of(&self, line: Line) -> usize {
-        self.lines.get(line).map_or(0, BTreeMap::len)
+        self.lines.get(line).map_or(0, Queue::len)
     }
 
     /// The lines in which somebody waits, and whose turn is first in each.
-    pub(super) fn lines(&self) -> impl Iterator<Item = (Line, RequestId, Turn)> {
-        let first = |(line, waiting): (Line, &BTreeMap<Turn, RequestId>)| {
-            waiting.first_key_value().map(|(turn, request)| (line, *request, *turn))
-        };
-        self.lines.iter().enumerate().filter_map(first)
+    pub(super) fn lines(&self, turns: &Turns) -> impl Iterator<Item = (Line, RequestId, Turn)> {
+        let lines = self.lines.iter().enumerate();
+        lines.filter_map(|(line, waiting)| {
+            let (turn, request) = waiting.first(turns, |_| true)?;
+            Some((line, request, turn))
+        })
     }
 
     /// Whose turn is first in a line.
-    pub(super) fn first_of(&self, line: Line) -> Option<RequestId> {
-        self.lines.get(line)?.first_key_value().map(|(_, request)| *request)
+    pub(super) fn first_of(&self, turns: &Turns, line: Line) -> Option<RequestId> {
+        self.lines.get(line)?.first(turns, |_| true).map(|(_, request)| request)
     }
 
-    /// The first one of each user.
-    pub(super) fn firsts(&self) -> impl Iterator<Item = RequestId> {
-        self.turns.firsts().filter_map(|turn| self.of_turn(turn))
+    /// What waits longest, of each user in each line.
+    pub(super) fn oldest(&self) -> impl Iterator<Item = RequestId> {
+        self.lines.iter().flat_map(Queue::oldest)
     }
 
     /// Which one makes way for one more of this user, where there is no room.
     pub(super) fn makes_way_for(&self, uid: u32) -> Option<RequestId> {
-        self.of_turn(self.turns.makes_way_for(uid)?)
+        let greediest = makes_way_for(uid, self.lines.iter().flat_map(Queue::counts))?;
+        let lasts = self.lines.iter().filter_map(|line| line.last_of(greediest));
+        lasts.max_by_key(|(came, _)| *came).map(|(_, request)| request)
     }
 
-    fn of_turn(&self, turn: Turn) -> Option<RequestId> {
-        self.lines.iter().find_map(|line| line.get(&turn)).copied()
-    }
-
-    pub(super) fn push_back(&mut self, request: RequestId, uid: u32, line: Line) {
-        let turn = self.turns.push_back(uid);
-        self.place(request, Place { uid, line, turn });
-    }
-
-    /// Before everybody else.
-    pub(super) fn push_front(&mut self, request: RequestId, uid: u32, line: Line) {
-        let turn = self.turns.push_front(uid);
-        self.place(request, Place { uid, line, turn });
+    pub(super) fn push(&mut self, request: RequestId, uid: u32, came: i64, line: Line) {
+        self.place(request, Place { uid, line, came });
     }
 
     fn place(&mut self, request: RequestId, place: Place) {
         if let Some(line) = self.lines.get_mut(place.line) {
-            line.insert(place.turn, request);
+            line.push(place.uid, place.came, request);
             self.places.insert(request, place);
         }
     }
 
-    /// Takes out one that is served.
-    pub(super) fn take(&mut self, request: RequestId) {
-        if let Some(Place { uid, turn, .. }) = self.leave(request) {
-            self.turns.take(uid, turn);
-        }
+    /// Takes one out, wherever it stands; whose it is.
+    pub(super) fn remove(&mut self, request: RequestId) -> Option<u32> {
+        let Place { uid, line, came } = self.places.remove(request)?;
+        self.lines[line].remove(uid, came);
+        Some(uid)
     }
 
-    /// Takes out one that is given up, wherever it stands.
-    pub(super) fn remove(&mut self, request: RequestId) {
-        if let Some(Place { uid, turn, .. }) = self.leave(request) {
-            self.turns.remove(uid, turn);
-        }
-    }
-
-    fn leave(&mut self, request: RequestId) -> Option<Place> {
-        let place = self.places.remove(request)?;
-        self.lines[place.line].remove(&place.turn);
-        Some(place)
-    }
-
-    /// Takes out all of them, in their turn.
-    pub(super) fn take_all(&mut self) -> Vec<RequestId> {
-        let all = self.leave_all();
-        self.turns.clear();
+    /// All of them, those first who came first.
+    pub(super) fn all(&self) -> Vec<RequestId> {
+        let mut all: Vec<_> = self.places.iter().collect();
+        all.sort_unstable_by_key(|(_, place)| place.came);
         all.into_iter().map(|(request, _)| request).collect()
     }
 
@@ -137,18 +112,12 @@ impl Waiters {
         lines: usize,
         line_of: impl Fn(RequestId) -> Line,
     ) {
-        let all = self.leave_all();
+        let all: Vec<_> = self.places.drain().collect();
         self.spread = spread;
-        self.lines.resize_with(lines.max(1), BTreeMap::new);
+        self.lines.iter_mut().for_each(Queue::clear);
+        self.lines.resize_with(lines.max(1), Queue::default);
         for (request, place) in all {
             self.place(request, Place { line: line_of(request), ..place });
         }
-    }
-
-    fn leave_all(&mut self) -> Vec<(RequestId, Place)> {
-        let mut all: Vec<_> = self.places.drain().collect();
-        all.sort_unstable_by_key(|(_, place)| place.turn);
-        self.lines.iter_mut().for_each(BTreeMap::clear);
-        all
     }
 }

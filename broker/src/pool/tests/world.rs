@@ -740,7 +740,7 @@ impl World {
             entry.is_some_and(|entry| matches!(entry.place, Place::Waiting { .. }))
         };
         assert_eq!(pool.waiters.len(), self.asked.keys().filter(is_waiting).count());
-        let lines = pool.waiters.lines().map(|(line, ..)| pool.waiters.len_of(line));
+        let lines = pool.waiters.lines(&pool.turns).map(|(line, ..)| pool.waiters.len_of(line));
         assert_eq!(pool.waiters.len(), lines.sum::<usize>());
         // With several, what is free may go to an address that is not for those who wait.
         let has_choice = self.addresses > 1;

@@ -54,7 +54,7 @@ impl Upstream {
                             tracing::warn!(
                                 upstream = self.config.name,
                                 step = step + 1,
-                                sent = greeting.map_or("", Greeting::command),
+                                sent = greeting.map_or("", |it| it.command(self.config.url.framing)),
                                 expect = %expect.unwrap_or(b"no error").escape_ascii(),
                                 reply = self.printable(step, reply),
                                 "a reply to on_connect is not as expected"
