@@ -647,6 +647,9 @@ impl Pool {
             // was lost: they go first.
             let way = self.waiters.makes_way_for(owner.uid);
             let Some(other) = way.filter(|_| self.waiters.len() == waiters_max) else {
+                if waiters_max == 0 {
+                    self.connect_for_next(now);
+                }
                 return self.refuse(Reason::WaitersFull);
             };
             self.end_request(now, other, RequestEnd::Refused(Reason::WaitersFull));

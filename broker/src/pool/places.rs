@@ -108,12 +108,24 @@ impl Pool {
         }
     }
 
+    /// Whether one more connection may be opened for requests to come.
+    fn has_place(&self) -> bool {
+        !self.closing_down
+            && self.places.open + self.wanting_lanes() < self.connections_max()
+            && self.places.retired < self.settings.limits.retired_max.max(1)
+    }
+
+    /// A request that may not wait found no connection: the next one is to find one.
+    pub(super) fn connect_for_next(&mut self, now: Time) {
+        if self.has_place() && self.places.connecting_exchange == 0 {
+            self.connect(now, Role::Exchange, None);
+        }
+    }
+
     /// A request found a connection: where those of all addresses take turns, one that has none gets
     /// its own for the next request.
     pub(super) fn connect_to_left_out(&mut self, now: Time) {
-        let has_place = self.places.open + self.wanting_lanes() < self.connections_max()
-            && self.places.retired < self.settings.limits.retired_max.max(1);
-        if has_place && !self.closing_down && self.balance.lacks_address(now) {
+        if self.has_place() && self.balance.lacks_address(now) {
             self.connect(now, Role::Exchange, None);
         }
     }

@@ -26,6 +26,18 @@ fn refuses_when_waiters_are_full() {
 }
 
 #[test]
+fn where_nobody_may_wait_the_next_one_finds_a_connection() {
+    let mut world = tcp(|limits| (limits.waiters_max, limits.connections_max) = (0, 1));
+    for _ in 0..3 {
+        assert_eq!(world.ask_as(world.source(0), None), Err(Reason::WaitersFull));
+    }
+    let conn = world.connect();
+    let request = world.ask();
+    assert_eq!(world.on(request), Some(conn));
+    assert_eq!(world.ask_as(world.source(0), None), Err(Reason::WaitersFull));
+}
+
+#[test]
 fn whoever_has_most_waiters_makes_way_for_another_user() {
     let mut world = tcp(|limits| limits.waiters_max = 2);
     let (many, few) = (world.source(0), world.source(1));
