@@ -1044,6 +1044,7 @@ mod tests {
         let mut refused: Vec<_> = names.split_whitespace().map(|name| (name, name)).collect();
         refused.extend([
             ("CLIENT REPLY", "client reply off"),
+            ("CLIENT KILL", "client kill skipme no"),
             ("CLIENT SETNAME", "CLIENT SETNAME a"),
             ("CLIENT SETINFO", "client setinfo lib-name x"),
             ("CLIENT TRACKING", "CLIENT tracking on"),
