@@ -57,20 +57,9 @@ impl Greeting {
     /// The name of its command, where the framing knows commands: all of it that may be logged, as
     /// there are secrets written out.
     pub fn command(&self, framing: Framing) -> &str {
-        match framing {
-            Framing::Resp | Framing::Memcached => {
-                self.send.split_whitespace().next().unwrap_or_default()
-            }
-            Framing::Lines
-            | Framing::Crlf
-            | Framing::Prefix { .. }
-            | Framing::Length(_)
-            | Framing::Fixed { .. }
-            | Framing::Netstring
-            | Framing::OctetCounted
-            | Framing::Http1
-            | Framing::Raw => "",
-        }
+        let has_commands = matches!(framing, Framing::Resp | Framing::Memcached);
+        let mut words = self.send.split_whitespace().filter(|_| has_commands);
+        words.next().unwrap_or_default()
     }
 
     /// Reads the secret and writes the request as `framing` has it. What is wrong names where the
