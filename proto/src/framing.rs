@@ -249,14 +249,7 @@ impl Framing {
         match self {
             Framing::Resp | Framing::Memcached => resp::append(body, out),
             Framing::Http1 => out.extend_from_slice(body),
-            Framing::Lines
-            | Framing::Crlf
-            | Framing::Prefix { .. }
-            | Framing::Length(_)
-            | Framing::Fixed { .. }
-            | Framing::Netstring
-            | Framing::OctetCounted
-            | Framing::Raw => return self.encode(body, out),
+            framing => return framing.encode(body, out),
         }
         Ok(())
     }

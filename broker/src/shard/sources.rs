@@ -337,7 +337,7 @@ impl Sources {
     /// Tells those who wait this turn.
     pub fn release_answers(&mut self) {
         self.held_until = None;
-        for id in std::mem::take(&mut self.held_answers) {
+        while let Some(id) = self.held_answers.pop() {
             self.make_due(id);
         }
     }

@@ -28,10 +28,10 @@ use crate::config::{
 ///
 /// Paths: direct (TCP), unix and ring (this broker, at most 8 connections), haproxy, nginx and
 /// nutcracker where they are installed, by Unix sockets, and bare: a relay over one connection that
-/// checks, bounds and counts nothing, the least that can stand between. Shapes: clients=N, each with one request at a
-/// time; depth=N with several; short (connect, one request, close); burst (15,000 of these); one-core
-/// (everything on one processor);
-/// acquire (no request: connect and close, or leased: borrow and give back).
+/// checks, bounds and counts nothing, the least that can stand between. Shapes: clients=N, each with
+/// one request at a time; depth=N with several; short (connect, one request, close); burst (15,000
+/// of these); one-core (everything on one processor); acquire (no request: connect and close, or
+/// leased: borrow and give back).
 #[derive(Debug, Args)]
 #[command(after_help = after_help(EXAMPLES))]
 pub struct Requests {
